@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+namespace llmkern::LLMKERN_ISA {
+
+void hessian_update(const HessianUpdateParams&) {}
+
+}  // namespace llmkern::LLMKERN_ISA

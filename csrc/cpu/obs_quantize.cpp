@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+namespace llmkern::LLMKERN_ISA {
+
+void obs_quantize(const ObsQuantizeParams&) {}
+
+}  // namespace llmkern::LLMKERN_ISA

@@ -1,0 +1,138 @@
+// llmkern._cpu: the CPU kernels on raw pointers. Python has checked every argument.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace llmkern;
+
+namespace {
+
+struct Kernels {
+  const char* isa;
+  bool (*supported)();
+  void (*w4a16_gemm)(const W4A16GemmParams&);
+  void (*dequantize_int4)(const DequantizeInt4Params&);
+  void (*hessian_update)(const HessianUpdateParams&);
+  void (*obs_quantize)(const ObsQuantizeParams&);
+};
+
+#define LLMKERN_KERNELS(isa, supported) \
+  {#isa, supported, isa::w4a16_gemm, isa::dequantize_int4, isa::hessian_update, isa::obs_quantize}
+
+// Best first.
+const Kernels kKernels[] = {
+#ifdef LLMKERN_X86
+    LLMKERN_KERNELS(avx512bf16,
+                    [] {
+                      return __builtin_cpu_supports("avx512bf16") &&
+                             __builtin_cpu_supports("avx512vbmi") &&
+                             __builtin_cpu_supports("avx512vnni") &&
+                             __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl");
+                    }),
+    LLMKERN_KERNELS(avx512,
+                    [] {
+                      return __builtin_cpu_supports("avx512f") &&
+                             __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl");
+                    }),
+    LLMKERN_KERNELS(avx2,
+                    [] {
+                      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("f16c");
+                    }),
+#endif
+    LLMKERN_KERNELS(portable, [] { return true; }),
+};
+
+const Kernels* best() {
+  for (const Kernels& k : kKernels)
+    if (k.supported()) return &k;
+  return nullptr;  // unreachable: portable is always supported
+}
+
+const Kernels* active = best();
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels& k : kKernels)
+    if (k.supported()) names.emplace_back(k.isa);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (const Kernels& k : kKernels) {
+    if (name == k.isa && k.supported()) {
+      active = &k;
+      return;
+    }
+  }
+  throw std::invalid_argument("isa: got " + name + ", which this CPU or build does not have");
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Int4Weight int4_weight(uintptr_t qweight, uintptr_t scales, uintptr_t zeros, int64_t N, int64_t K,
+                       int64_t group_size, int scales_dtype, int layout) {
+  return {pointer<void>(qweight), pointer<void>(scales), pointer<void>(zeros), N, K, group_size,
+          DType(scales_dtype),    Int4Layout(layout)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("isa", [] { return active->isa; }, "Instruction set in use.");
+  m.def("isas", isas, "Instruction sets this CPU and build have, best first.");
+  m.def("set_isa", set_isa, "Use another of isas(); for tests and benchmarks.");
+  m.def(
+      "w4a16_gemm",
+      [](uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t bias,
+         uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t group_size,
+         int dtype, int scales_dtype, int layout) {
+        active->w4a16_gemm(
+            {pointer<void>(x),
+             int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype, layout),
+             pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype)});
+      },
+      unlocked);
+  m.def(
+      "dequantize_int4",
+      [](uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t out, int64_t N, int64_t K,
+         int64_t group_size, int dtype, int scales_dtype, int layout) {
+        active->dequantize_int4(
+            {int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype, layout),
+             pointer<void>(out), DType(dtype)});
+      },
+      unlocked);
+  m.def(
+      "hessian_update",
+      [](uintptr_t H, uintptr_t x, int64_t T, int64_t K, double alpha, int dtype) {
+        active->hessian_update({pointer<float>(H), pointer<void>(x), T, K, alpha, DType(dtype)});
+      },
+      unlocked);
+  m.def(
+      "obs_quantize",
+      [](uintptr_t w, uintptr_t U, uintptr_t d, uintptr_t g_idx, uintptr_t codes, uintptr_t scales,
+         uintptr_t zeros, uintptr_t w_hat, uintptr_t loss, int64_t N, int64_t K, int64_t group_size,
+         int bits, bool dynamic, bool symmetric, bool clip_search, int scales_dtype) {
+        active->obs_quantize({pointer<float>(w), pointer<float>(U), pointer<float>(d),
+                              pointer<int32_t>(g_idx), pointer<uint8_t>(codes),
+                              pointer<float>(scales), pointer<float>(zeros), pointer<float>(w_hat),
+                              pointer<float>(loss), N, K, group_size, bits, dynamic, symmetric,
+                              clip_search, DType(scales_dtype)});
+      },
+      unlocked);
+}

@@ -1,0 +1,72 @@
+// The C++ interface of all kernels: one POD parameter struct and one launch function per op and
+// backend. Raw pointers, sizes and (on CUDA) a stream; nothing here or below knows torch.
+//
+// Sizes are in elements unless a name says bytes. Matrices are row-major and dense unless a stride
+// is given. Callers have checked every argument: kernels neither check nor allocate caller-visible
+// memory.
+#pragma once
+
+#include <cstdint>
+
+namespace llmkern {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Layouts of a 4-bit weight; the pictures are in llmkern/formats/.
+enum class Int4Layout : int32_t { kCanonical = 0, kCpu = 1 };
+
+struct Int4Weight {
+  const void* qweight;
+  const void* scales;  // canonical [N, K/group_size], cpu [K/group_size, N]
+  const void* zeros;   // canonical: packed int32 [ceil(N/8), K/group_size]; cpu: uint8
+                      // [K/group_size, N]; null: the constant 8
+  int64_t N, K, group_size;
+  DType scales_dtype;
+  Int4Layout layout;
+};
+
+// out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]
+struct W4A16GemmParams {
+  const void* x;  // [M, K], row stride x_stride, unit column stride
+  Int4Weight w;
+  const void* bias;  // [N] in dtype, or null
+  void* out;         // [M, N]
+  int64_t M, x_stride;
+  DType dtype;  // of x, bias and out
+};
+
+// out[n, k] = scales * (codes - zeros)
+struct DequantizeInt4Params {
+  Int4Weight w;
+  void* out;  // [N, K]
+  DType dtype;
+};
+
+// lower triangle of H[i, j] += alpha * sum_t x[t, i] * x[t, j]
+struct HessianUpdateParams {
+  float* H;       // [K, K]
+  const void* x;  // [T, K]
+  int64_t T, K;
+  double alpha;
+  DType dtype;
+};
+
+// The column loop of llmkern/reference/obs_quantize.py over a whole matrix (CPU) or one block
+// (CUDA).
+struct ObsQuantizeParams {
+  const float* w;        // [N, K], columns in visiting order
+  const float* U;        // [K, K], strict upper triangle read
+  const float* d;        // [K]
+  const int32_t* g_idx;  // [K]
+  uint8_t* codes;        // [N, K]
+  float* scales;         // [N, K/group_size]; read unless dynamic, else written
+  float* zeros;          // [N, K/group_size]; likewise
+  float* w_hat;          // [N, K]
+  float* loss;           // [N]
+  int64_t N, K, group_size;
+  int32_t bits;
+  bool dynamic, symmetric, clip_search;
+  DType scales_dtype;  // scales are rounded to it
+};
+
+}  // namespace llmkern

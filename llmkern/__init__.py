@@ -1,0 +1,13 @@
+"""llmkern: smaller, faster language models on hand-written kernels."""
+
+from pathlib import Path as _Path
+
+from llmkern._backends import use_backend
+from llmkern._version import __version__
+
+# In a source tree that was built in place and not installed, the Triton kernels lie beside the package.
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "triton_kernels" / "__init__.py").is_file() and str(_root) not in __path__:
+    __path__.append(str(_root))
+
+__all__ = ["__version__", "use_backend"]

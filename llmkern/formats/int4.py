@@ -1,0 +1,124 @@
+"""Packed layouts of low-bit integer weights: the canonical one, and helpers to pad to a kernel's K.
+
+Canonical layout (compressed-tensors `pack-quantized`). With codes u in [0, 2^bits):
+
+    w[n, k] = scales[n, k // group_size] * (u[n, k] - zeros[n, k // group_size])
+
+    packed   int32 [N, ceil(K * bits / 32)]   row n is a bit stream: code k at bits k*bits ..,
+                                              bit 0 = least significant bit of word 0
+    scales   float [N, K / group_size]
+    zeros    int32 [ceil(N * bits / 32), K / group_size]   the same stream, along N; absent when
+                                              symmetric, which means the constant 2^(bits - 1)
+
+    int4:  word 0 of a row = | u7 | u6 | u5 | u4 | u3 | u2 | u1 | u0 |   (u0 in bits 0..3)
+
+All functions are pure torch and run on any device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """How a weight is quantized.
+
+    Attributes:
+        bits: weight bit width, 2, 3, 4 or 8.
+        group_size: K-elements per scale, or None for one scale per row.
+        symmetric: no zero points; codes are centred on 2^(bits - 1).
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits: got {self.bits}, expected one of {BITS}")
+        if self.group_size is not None and self.group_size <= 0:
+            raise ValueError(
+                f"group_size: got {self.group_size}, expected a positive number, or None for one "
+                "scale per row"
+            )
+
+    def groups(self, K: int) -> int:
+        """K-elements per scale for a weight with K columns.
+
+        Raises:
+            ValueError: the group size does not divide K.
+        """
+        size = self.group_size or K
+        if K % size:
+            raise ValueError(f"group_size: got {size}, expected a divisor of K = {K}")
+        return size
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes along the last dimension into int32 words (dense bit stream).
+
+    Args:
+        codes: uint8 [N, K], values in [0, 2^bits).
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int32 [N, ceil(K * bits / 32)], unused high bits zero.
+
+    Raises:
+        ValueError: `codes` is not a uint8 matrix, or a code does not fit.
+    """
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise ValueError(f"codes: got {codes.dtype} {tuple(codes.shape)}, expected uint8 [N, K]")
+    if codes.numel() and int(codes.max()) >= 1 << bits:
+        raise ValueError(
+            f"codes: got a value of {int(codes.max())}, expected less than {1 << bits}"
+        )
+    N, K = codes.shape
+    words = -(-K * bits // 32)
+    # Every bit width packs through bytes: 8 codes make `bits` bytes, little endian.
+    octets = (
+        torch.nn.functional.pad(codes, (0, -K % 32)).view(N, -1, 8).to(torch.int64)
+    )  # [N, K/8, 8]
+    shifts = torch.arange(8, device=codes.device) * bits
+    stream = (octets << shifts).sum(-1)  # [N, K/8], bits * 8 bits each (64 at most)
+    taps = torch.arange(bits, device=codes.device) * 8
+    data = ((stream[..., None] >> taps) & 0xFF).to(torch.uint8).reshape(N, -1)
+    return data.view(torch.int32)[:, :words].contiguous()
+
+
+def unpack_codes(packed: Tensor, bits: int, K: int) -> Tensor:
+    """Exact inverse of `pack_codes`: int32 [N, ceil(K * bits / 32)] to uint8 [N, K].
+
+    Raises:
+        ValueError: `packed` is not int32 or has another number of words than K codes need.
+    """
+    words = -(-K * bits // 32)
+    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] != words:
+        raise ValueError(
+            f"packed: got {packed.dtype} {tuple(packed.shape)}, expected int32 [N, {words}] for "
+            f"K = {K} codes of {bits} bits"
+        )
+    N = packed.shape[0]
+    octet_bytes = -(-K // 8) * bits
+    data = torch.nn.functional.pad(packed.contiguous(), (0, 1)).view(torch.uint8)[:, :octet_bytes]
+    taps = torch.arange(bits, device=packed.device) * 8
+    stream = (data.reshape(N, -1, bits).to(torch.int64) << taps).sum(-1)  # [N, K/8]
+    shifts = torch.arange(8, device=packed.device) * bits
+    codes = (stream[..., None] >> shifts) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).reshape(N, -1)[:, :K].contiguous()
+
+
+def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """Zero points uint8 [N, groups] to the canonical int32 [ceil(N * bits / 32), groups]."""
+    return pack_codes(zeros.t().contiguous(), bits).t().contiguous()
+
+
+def unpack_zeros(packed: Tensor, bits: int, N: int) -> Tensor:
+    """Exact inverse of `pack_zeros`: int32 [ceil(N * bits / 32), groups] to uint8 [N, groups]."""
+    return unpack_codes(packed.t().contiguous(), bits, N).t().contiguous()

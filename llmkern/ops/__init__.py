@@ -1,0 +1,21 @@
+"""The kernels as torch ops: public functions with checked arguments, one file per op."""
+
+from llmkern.ops._hessian_factor import HessianFactor, factorize_hessian
+from llmkern.ops.dequantize_int4 import dequantize_int4
+from llmkern.ops.hessian_update import hessian_update
+from llmkern.ops.obs_quantize import ObsResult, obs_quantize, quantize_grid
+from llmkern.ops.w4a16_gemm import w4a16_gemm
+
+OPS = ("dequantize_int4", "hessian_update", "obs_quantize", "w4a16_gemm")
+
+__all__ = [
+    "OPS",
+    "HessianFactor",
+    "ObsResult",
+    "dequantize_int4",
+    "factorize_hessian",
+    "hessian_update",
+    "obs_quantize",
+    "quantize_grid",
+    "w4a16_gemm",
+]

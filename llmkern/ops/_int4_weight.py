@@ -1,0 +1,68 @@
+"""The weight arguments that w4a16_gemm and dequantize_int4 share: checks and shapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmkern.ops._library import FLOATS, expect
+
+LAYOUTS = ("canonical", "cpu")
+
+
+def weight_shape(scales: Tensor, group_size: int, layout: str) -> tuple[int, int]:
+    """(N, K) of a weight, from its scales: [N, K/group_size], transposed in kernel layouts."""
+    N, groups = scales.shape if layout == "canonical" else (scales.shape[1], scales.shape[0])
+    return N, groups * group_size
+
+
+def check_weight(
+    op: str, qweight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, layout: str
+) -> None:
+    """Refuse weights that no kernel could read.
+
+    Raises:
+        ValueError: names the argument, what it was and what was expected.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"{op}: layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if group_size <= 0 or group_size % 32:
+        raise ValueError(f"{op}: group_size: got {group_size}, expected a positive multiple of 32")
+    expect(
+        scales.dim() == 2 and scales.dtype in FLOATS,
+        op,
+        "scales",
+        scales,
+        "a float32, bfloat16 or float16 matrix",
+    )
+    N, K = weight_shape(scales, group_size, layout)
+    groups = K // group_size
+    if layout == "canonical":
+        shape, dtype = (N, K // 8), torch.int32
+        zeros_shape, zeros_dtype = (-(-N // 8), groups), torch.int32
+    else:
+        shape, dtype = (-(-N // 64), K * 32), torch.uint8
+        zeros_shape, zeros_dtype = (groups, N), torch.uint8
+    names = (("qweight", qweight, shape, dtype), ("zeros", zeros, zeros_shape, zeros_dtype))
+    for name, tensor, want, kind in names:
+        if tensor is None:
+            continue
+        expect(
+            tensor.dtype == kind and tuple(tensor.shape) == want,
+            op,
+            name,
+            tensor,
+            f"{str(kind).removeprefix('torch.')} {list(want)} (N = {N}, K = {K}, group_size = "
+            f"{group_size}, {layout} layout)",
+        )
+    for name, tensor in (("qweight", qweight), ("scales", scales), ("zeros", zeros)):
+        if tensor is None:
+            continue
+        expect(tensor.is_contiguous(), op, name, tensor, "a contiguous tensor")
+        expect(
+            tensor.device == scales.device,
+            op,
+            name,
+            tensor,
+            f"the device of scales, {scales.device}",
+        )

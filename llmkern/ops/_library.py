@@ -1,0 +1,40 @@
+"""Registration of ops with torch: one schema, one implementation for every device, one fake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("llmkern", "DEF")  # type: ignore[no-untyped-call]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define the op `llmkern::<schema>` and return its callable.
+
+    The op is opaque to torch.compile: it never breaks a graph, and `run` chooses the backend on every
+    call from the real arguments.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"llmkern::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.llmkern, name).default
+
+
+def describe(t: Tensor | None) -> str:
+    """dtype, shape and device of an argument, for error messages."""
+    if t is None:
+        return "None"
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
+
+
+def expect(condition: bool, op: str, argument: str, got: Tensor | None, wanted: str) -> None:
+    """Raise the one-line ValueError of a bad argument unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{op}: {argument}: got {describe(got)}, expected {wanted}")

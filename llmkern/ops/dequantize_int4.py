@@ -1,0 +1,105 @@
+"""dequantize_int4: dense weight from 4-bit codes, w = scales * (codes - zeros)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmkern import _backends
+from llmkern._backends import Backend
+from llmkern.ops._int4_weight import check_weight, weight_shape
+from llmkern.ops._library import FLOATS, register
+from llmkern.reference.w4a16_gemm import dequantize_int4 as _reference
+
+SCHEMA = (
+    "dequantize_int4(Tensor qweight, Tensor scales, Tensor? zeros, int group_size, str layout, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+def _launch_reference(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    out.copy_(_reference(qweight, scales, zeros, group_size, out.dtype))
+
+
+BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+
+
+def _check(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> None:
+    check_weight("dequantize_int4", qweight, scales, zeros, group_size, layout)
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"dequantize_int4: dtype: got {dtype}, expected float32, bfloat16 or float16"
+        )
+
+
+def _fake(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(qweight, scales, zeros, group_size, layout, dtype)
+    return scales.new_empty(weight_shape(scales, group_size, layout), dtype=dtype)
+
+
+def _run(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = _fake(qweight, scales, zeros, group_size, layout, dtype)
+    args = (qweight, scales, zeros, group_size, layout)
+    _backends.choose("dequantize_int4", BACKENDS, *args, out).launch(*args, out)
+    return out
+
+
+_op = register(SCHEMA, _run, _fake)
+
+
+def dequantize_int4(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    group_size: int,
+    dtype: torch.dtype | None = None,
+    layout: str = "canonical",
+) -> Tensor:
+    """Dense weight of a 4-bit one: w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]).
+
+    Args:
+        qweight: int32 [N, K/8], the canonical layout of `llmkern.formats.int4`, or a backend's
+            repacked one as named by `layout`.
+        scales: float32, bfloat16 or float16 [N, K/group_size].
+        zeros: int32 [ceil(N/8), K/group_size] packed zero points, or None for the constant 8.
+        group_size: K-elements per scale, a multiple of 32.
+        dtype: of the result; by default that of `scales`.
+        layout: "canonical" or "cpu".
+
+    Returns:
+        [N, K] in `dtype`; the product is formed in float32 and rounded once.
+
+    Raises:
+        ValueError: an argument's dtype, shape, device or layout is not as above.
+    """
+    w: Tensor = _op(qweight, scales, zeros, group_size, layout, dtype or scales.dtype)
+    return w

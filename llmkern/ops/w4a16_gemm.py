@@ -1,0 +1,165 @@
+"""w4a16_gemm: y = x @ dequantize(qweight).T + bias, 4-bit weights, 16- or 32-bit activations.
+
+Weight-only quantization as in GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978); at small M the
+product is bound by reading the weights, which are 4x smaller than in bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern import _backends
+from llmkern._backends import Backend
+from llmkern.ops._int4_weight import check_weight, weight_shape
+from llmkern.ops._library import FLOATS, LIBRARY, expect, register
+from llmkern.ops.dequantize_int4 import dequantize_int4
+from llmkern.reference.w4a16_gemm import w4a16_gemm as _reference
+
+SCHEMA = (
+    "w4a16_gemm(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, "
+    "int group_size, str layout) -> Tensor"
+)
+
+
+def _launch_reference(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    out.copy_(_reference(x, qweight, scales, zeros, bias, group_size))
+
+
+BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+
+
+def _check(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+) -> None:
+    op = "w4a16_gemm"
+    check_weight(op, qweight, scales, zeros, group_size, layout)
+    N, K = weight_shape(scales, group_size, layout)
+    expect(
+        x.dim() == 2 and x.shape[1] == K and x.dtype in FLOATS,
+        op,
+        "x",
+        x,
+        f"float32, bfloat16 or float16 [M, {K}]",
+    )
+    expect(x.device == scales.device, op, "x", x, f"the device of scales, {scales.device}")
+    if bias is not None:
+        expect(
+            tuple(bias.shape) == (N,) and bias.dtype == x.dtype and bias.device == x.device,
+            op,
+            "bias",
+            bias,
+            f"{str(x.dtype).removeprefix('torch.')} [{N}] on {x.device}",
+        )
+
+
+def _fake(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    _check(x, qweight, scales, zeros, bias, group_size, layout)
+    return x.new_empty(x.shape[0], weight_shape(scales, group_size, layout)[0])
+
+
+def _run(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    out = _fake(x, qweight, scales, zeros, bias, group_size, layout)
+    if out.numel() == 0:
+        return out
+    # Kernels read rows of x at any distance, but each row and the bias contiguously.
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        x = x.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    args = (x, qweight, scales, zeros, bias, group_size, layout)
+    _backends.choose("w4a16_gemm", BACKENDS, *args, out).launch(*args, out)
+    return out
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, scales, zeros, _, ctx.group_size, ctx.layout = inputs
+    ctx.save_for_backward(qweight, scales, zeros)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    qweight, scales, zeros = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        w = dequantize_int4(
+            qweight, scales, zeros, group_size=ctx.group_size, dtype=grad.dtype, layout=ctx.layout
+        )
+        grad_x = grad @ w
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(0)
+    return grad_x, None, None, None, grad_bias, None, None
+
+
+_op = register(SCHEMA, _run, _fake)
+torch.library.register_autograd(
+    "llmkern::w4a16_gemm", _backward, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def w4a16_gemm(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_size: int,
+    layout: str = "canonical",
+) -> Tensor:
+    """Product with a 4-bit weight: y = x @ wᵀ + bias, w = scales * (codes - zeros).
+
+    Differentiable in x and bias (the backward pass dequantizes the weight), so adapters can be
+    trained on top of it.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], any leading shape; K a multiple of 32.
+        qweight: int32 [N, K/8], the canonical layout of `llmkern.formats.int4`, or a backend's
+            repacked one as named by `layout`.
+        scales: float32, bfloat16 or float16 [N, K/group_size] (transposed in repacked layouts).
+        zeros: int32 [ceil(N/8), K/group_size] packed zero points, or None for the constant 8.
+        bias: [N] in x's dtype, or None.
+        group_size: K-elements per scale, a multiple of 32.
+        layout: "canonical" or "cpu".
+
+    Returns:
+        y [..., N] in x's dtype, accumulated in float32.
+
+    Raises:
+        ValueError: an argument's dtype, shape, device or layout is not as above.
+        NotImplementedError: a backend was forced that cannot serve the call.
+    """
+    y: Tensor = _op(x.reshape(-1, x.shape[-1]), qweight, scales, zeros, bias, group_size, layout)
+    return y.view(*x.shape[:-1], y.shape[-1])

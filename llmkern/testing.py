@@ -1,0 +1,41 @@
+"""What the project's tests, and the tests of code built on it, compare kernels with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_matches(out: Tensor, spec: Tensor, like: Tensor, slack: float = 2.0) -> None:
+    """Check a kernel against a float64 specification, with a tolerance that nobody tunes.
+
+    The largest error of `out` may be `slack` times the largest error that plain torch makes on the same
+    job in the same dtype, plus one unit in the last place at the output's scale.
+
+    Args:
+        out: the kernel's result, any float dtype.
+        spec: float64, the exact result.
+        like: plain torch's result for the same job, in out's dtype.
+        slack: factor on plain torch's error.
+
+    Raises:
+        AssertionError: shapes or dtypes differ, `out` holds NaN, or the error is too large.
+    """
+    assert out.shape == spec.shape, f"shape {tuple(out.shape)}, expected {tuple(spec.shape)}"
+    assert out.dtype == like.dtype, f"dtype {out.dtype}, expected {like.dtype}"
+    if out.numel() == 0:
+        return
+    assert not torch.isnan(out).any(), "the output holds NaN (an element never written?)"
+    error = (out.double() - spec).abs().max().item()
+    torch_error = (like.double() - spec).abs().max().item()
+    ulp = torch.finfo(out.dtype).eps * spec.abs().max().item()
+    bound = slack * torch_error + ulp
+    assert error <= bound, (
+        f"max error {error:.3e}, plain torch's {torch_error:.3e}, bound {bound:.3e}"
+    )
+
+
+def relative_error(out: Tensor, spec: Tensor) -> float:
+    """Frobenius norm of out - spec over that of spec, in float64."""
+    spec = spec.double()
+    return float((out.double() - spec).norm() / spec.norm())

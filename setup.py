@@ -1,0 +1,175 @@
+"""Build rules: llmkern._cpu wherever there is a C++17 compiler, llmkern._cuda where there is nvcc.
+
+The sources know nothing of torch, so building needs pybind11 and ninja only, and one wheel serves
+every torch version. LLMKERN_BUILD_CUDA is auto (default: build it if nvcc is on PATH), 1 (fail if it
+cannot be built) or 0; TORCH_CUDA_ARCH_LIST picks the GPU architectures.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CPU_SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+HEADERS = sorted((ROOT / "csrc").rglob("*.h")) + sorted((ROOT / "csrc").rglob("*.cuh"))
+
+# Every CPU source is compiled once per instruction set; cpu_module.cpp picks one at run time.
+X86_ISAS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
+    "avx512bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c "
+    "-mavx512vnni -mavx512vbmi -mavx512bf16",
+}
+CPU_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall -Wextra"
+CUDA_ARCHES = "8.0;8.6;8.9;9.0a+PTX"
+
+
+def say(text: str) -> None:
+    print(f"llmkern build: {text}", file=sys.stderr, flush=True)
+
+
+def gencode_flags(arch_list: str) -> str:
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0a+PTX"."""
+    flags = []
+    for entry in arch_list.replace(" ", ";").split(";"):
+        if not entry:
+            continue
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            # PTX of an architecture-specific target (90a) runs nowhere else: keep the generic one.
+            generic = number.rstrip("af")
+            flags.append(f"-gencode=arch=compute_{generic},code=compute_{generic}")
+    return " ".join(flags)
+
+
+class NinjaBuild(build_ext):
+    """Compile each extension with one ninja file, in parallel."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        name = ext.name.rsplit(".", 1)[-1]
+        temp = Path(self.build_temp).resolve() / name
+        temp.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [ROOT / "csrc", sysconfig.get_paths()["include"], pybind11.get_include()]
+        include_flags = " ".join(f"-I{shlex.quote(str(path))}" for path in includes)
+        rules = cpu_rules if name == "_cpu" else cuda_rules
+        lines = rules(temp, target, include_flags)
+        (temp / "build.ninja").write_text("\n".join(lines) + "\n")
+        subprocess.run([*ninja(), "-C", str(temp)], check=True)
+
+
+def ninja() -> list[str]:
+    """Command that runs ninja: the one on PATH, or the Python package's."""
+    path = shutil.which("ninja")
+    return [path] if path else [sys.executable, "-m", "ninja"]
+
+
+def cxx() -> str | None:
+    """The C++ compiler: $CXX, or the first that is there."""
+    candidates = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    return next((c for c in candidates if c and shutil.which(c.split()[0])), None)
+
+
+def cpu_rules(temp: Path, target: Path, includes: str) -> list[str]:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    isas = X86_ISAS if x86 else {"portable": ""}
+    lines = [
+        f"cxx = {cxx()}",
+        f"flags = {CPU_FLAGS} {includes} {os.environ.get('CXXFLAGS', '')}",
+        "rule compile",
+        "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared -fopenmp $in -o $out {os.environ.get('LDFLAGS', '')}",
+    ]
+    objects = []
+    for source in CPU_SOURCES:
+        for isa, isa_flags in isas.items():
+            objects.append(f"{source.stem}.{isa}.o")
+            lines.append(f"build {objects[-1]}: compile {source}")
+            lines.append(f"  isa = {isa_flags} -DLLMKERN_ISA={isa} -DLLMKERN_ISA_{isa.upper()}")
+    objects.append("cpu_module.o")
+    lines.append(f"build cpu_module.o: compile {ROOT / 'csrc' / 'cpu_module.cpp'}")
+    if x86:
+        lines.append("  isa = -DLLMKERN_X86")
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    return lines
+
+
+def cuda_rules(temp: Path, target: Path, includes: str) -> list[str]:
+    nvcc = shutil.which("nvcc")
+    arches = gencode_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHES)
+    lines = [
+        f"nvcc = {nvcc}",
+        f"flags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {includes}",
+        "rule compile",
+        f"  command = $nvcc $flags {arches} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule host",
+        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $nvcc -shared -cudart static $in -o $out",
+    ]
+    objects = []
+    for source in CUDA_SOURCES:
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    objects.append("cuda_module.o")
+    lines.append(f"build cuda_module.o: host {ROOT / 'csrc' / 'cuda_module.cpp'}")
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    return lines
+
+
+def extensions() -> list[Extension]:
+    """The modules that can be built here; what cannot is said once, and why."""
+    choice = os.environ.get("LLMKERN_BUILD_CUDA", "auto")
+    if choice not in ("auto", "1", "0"):
+        raise SystemExit(f"LLMKERN_BUILD_CUDA: got {choice!r}, expected auto, 1 or 0")
+    depends = [str(path.relative_to(ROOT)) for path in HEADERS]
+    modules = []
+    if cxx():
+        sources = ["csrc/cpu_module.cpp", *(str(p.relative_to(ROOT)) for p in CPU_SOURCES)]
+        modules.append(Extension("llmkern._cpu", sources, depends=depends))
+    else:
+        say("no C++ compiler found: no CPU kernels; Triton and the torch reference remain")
+    if choice == "0":
+        say("CUDA kernels not built (LLMKERN_BUILD_CUDA=0)")
+    elif shutil.which("nvcc") and cxx():
+        sources = ["csrc/cuda_module.cpp", *(str(p.relative_to(ROOT)) for p in CUDA_SOURCES)]
+        modules.append(Extension("llmkern._cuda", sources, depends=depends))
+        say("CUDA kernels built (nvcc found)")
+    elif choice == "1":
+        raise SystemExit("LLMKERN_BUILD_CUDA=1, but nvcc or a C++ compiler is not on PATH")
+    else:
+        say("CUDA kernels not built (no nvcc on PATH)")
+    return modules
+
+
+setup(
+    # The folder triton_kernels is installed inside the package: a top-level one of that name is
+    # OpenAI's.
+    packages=[*find_packages(include=["llmkern", "llmkern.*"]), "llmkern.triton_kernels"],
+    package_dir={"llmkern.triton_kernels": "triton_kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": NinjaBuild},
+)
