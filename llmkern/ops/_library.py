@@ -12,6 +12,15 @@ LIBRARY = torch.library.Library("llmkern", "DEF")  # type: ignore[no-untyped-cal
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+# What the compiled kernels call dtypes and layouts: DType and Int4Layout in csrc/llmkern.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LAYOUT_CODES = {"canonical": 0, "cpu": 1}
+
+
+def pointer(t: Tensor | None) -> int:
+    """Address of a tensor's first element for the compiled kernels; 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define the op `llmkern::<schema>` and return its callable.
