@@ -37,7 +37,9 @@ CUDA_ARCHES = "8.0;8.6;8.9;9.0a+PTX"
 
 
 def say(text: str) -> None:
-    print(f"llmkern build: {text}", file=sys.stderr, flush=True)
+    """Print a decision, once: pip also runs this file to ask for metadata, which builds nothing."""
+    if not {"egg_info", "dist_info", "sdist", "--version"} & set(sys.argv):
+        print(f"llmkern build: {text}", file=sys.stderr, flush=True)
 
 
 def gencode_flags(arch_list: str) -> str:
@@ -62,7 +64,14 @@ class NinjaBuild(build_ext):
         import pybind11
 
         name = ext.name.rsplit(".", 1)[-1]
-        temp = Path(self.build_temp).resolve() / name
+        # One folder for installs, editable installs and in-place builds, so that each finds the
+        # other's objects.
+        temp = (
+            ROOT
+            / "build"
+            / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            / name
+        )
         temp.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

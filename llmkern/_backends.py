@@ -9,6 +9,7 @@ forced backend that refuses is an error, because nothing falls back silently.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ from typing import Any
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 
+_log = logging.getLogger("llmkern")
 _forced: ContextVar[str | None] = ContextVar("llmkern_backend", default=None)
 
 
@@ -107,7 +109,10 @@ def compiled_module(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"llmkern.{name}"), None
     except ImportError as error:
-        return None, f"llmkern.{name} is not available ({error})"
+        reason = f"llmkern.{name} is not available ({error})"
+        if name == "_cpu":
+            _log.warning("%s: CPU tensors are served by the slow torch reference", reason)
+        return None, reason
 
 
 def refuse_cpu(device_type: str) -> str | None:

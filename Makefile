@@ -1,0 +1,74 @@
+# Everything a newcomer needs: `make demo` and `make test` set up .venv by themselves.
+#
+#   PYTHON=python3.12   interpreter that .venv is made with
+#   VENV=               use the environment of $(PYTHON) as it is: build in place, install nothing
+#   TORCH=torch==2.13.0 what pip is asked for instead of the CPU build
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION = 2.13.0
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+PYTEST := PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest
+LLMKERN := PYTHONPATH=$(CURDIR) $(PYTHON) -m llmkern
+BIN :=
+READY :=
+else
+PY := $(VENV)/bin/python
+RUN := $(PY)
+PYTEST := $(VENV)/bin/pytest
+LLMKERN := $(VENV)/bin/llmkern
+BIN := $(VENV)/bin/
+READY := $(VENV)/.ready
+endif
+
+# Unless told otherwise, the CPU build: the one in pip's own places if there is one, else PyTorch's.
+# The plain name would bring gigabytes of CUDA packages on Linux.
+define install_torch
+$(if $(TORCH),$(PY) -m pip install -q "$(TORCH)",\
+  $(PY) -m pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+  $(PY) -m pip install -q "torch==$(TORCH_VERSION)" --index-url https://download.pytorch.org/whl/cpu)
+endef
+
+.PHONY: demo test bench gpu lint sanitize clean build
+
+demo: build
+	$(LLMKERN) demo $(ARGS)
+
+test: build
+	$(PYTEST) $(ARGS)
+
+bench: build
+	$(RUN) bench/run_all.py $(ARGS)
+
+gpu: export LLMKERN_BUILD_CUDA = 1
+gpu: TORCH ?= torch==$(TORCH_VERSION)
+gpu: build
+	$(PYTEST) --require-gpu $(ARGS)
+	$(RUN) scripts/sanitize_cuda.py
+	$(RUN) bench/run_all.py --device cuda
+
+lint: $(READY)
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+	$(BIN)mypy
+
+# Incremental: ninja compiles what changed.
+build: $(READY)
+	@$(PY) setup.py -q build_ext --inplace
+
+$(VENV)/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip "setuptools>=77" "pybind11>=2.13" ninja
+	$(install_torch)
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info llmkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .benchmarks demo-out demo-report.json demo-report.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
