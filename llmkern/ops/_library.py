@@ -31,9 +31,21 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     name = schema.split("(")[0]
     LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
+        LIBRARY.impl(name, _outside_autocast(run, key.lower()), key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"llmkern::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.llmkern, name).default
+
+
+def _outside_autocast(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """`run`, whose dtypes the caller has chosen: autocast must not lower those of torch calls in it."""
+
+    def plain(*args: Any) -> Any:
+        if not torch.is_autocast_enabled(device_type):
+            return run(*args)
+        with torch.autocast(device_type, enabled=False):
+            return run(*args)
+
+    return plain
 
 
 def describe(t: Tensor | None) -> str:
