@@ -79,6 +79,11 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"codes: got a value of {int(codes.max())}, expected less than {1 << bits}"
         )
+    return pack_bits(codes, bits)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """`pack_codes` for codes that are known to fit: reads no value, so it can be traced."""
     N, K = codes.shape
     words = -(-K * bits // 32)
     # Every bit width packs through bytes: 8 codes make `bits` bytes, little endian.

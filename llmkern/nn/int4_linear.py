@@ -1,0 +1,468 @@
+"""Int4Linear: a linear layer whose weight stays packed, 2 to 4 bits per element."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.formats.int4 import QuantFormat, pack_codes, pack_zeros
+from llmkern.formats.int4_widen import (
+    is_wide,
+    narrow,
+    pad_activations,
+    padded_group_size,
+    widen,
+)
+from llmkern.nn._packed_weight import PackedWeight
+from llmkern.ops import dequantize_int4, quantize_grid, w4a16_gemm
+from llmkern.reference.obs_quantize import quantize_to_grid
+
+BITS = (2, 3, 4)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FILE_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_KERNEL_BUFFERS = ("_qweight", "_scales", "_zeros")
+
+# Two threads may meet a module's first forward pass together; only one may repack it.
+_repacking = threading.Lock()
+
+
+class Int4Linear(nn.Linear):
+    """y = x @ wᵀ + bias with w = weight_scale * (codes - zero points), never expanded in memory.
+
+    The state_dict is that of compressed-tensors' `pack-quantized` format for the layer's own bit
+    width, whatever the kernels hold meanwhile: `weight_packed`, `weight_scale`, `weight_zero_point`
+    (asymmetric only), `weight_shape` and `bias`. The first forward pass repacks these once into the
+    layout of the kernel that serves the device, in place of the file's tensors; `state_dict`, `.to`,
+    `deepcopy` and pickling give the file's tensors back bit for bit.
+
+    `.to(dtype)`, `.half()` and the like change the bias and the dtype that `weight` reports; codes and
+    scales keep theirs, so no conversion of a model ever rounds its weights twice. Any float x is
+    accepted and y has its dtype; under autocast x is cast as for `nn.Linear`.
+
+    It is an `nn.Linear` to code that looks for one (adapters attach to it as they are), but holds no
+    dense weight: see `llmkern.nn.PackedWeight` for what `weight` answers.
+
+    Attributes:
+        in_features, out_features: K and N.
+        bits: weight bit width, 2, 3 or 4.
+        group_size: K-elements per scale; in_features for one scale per row.
+        symmetric: no zero points.
+        format: the same as a `QuantFormat`, its group_size None where that was asked for.
+
+    Args:
+        in_features: K, any multiple of the group size.
+        out_features: N, any.
+        bias: whether there is a bias.
+        format: bits, group size and symmetry.
+        device: of the uninitialised tensors; "meta" for a layer to be loaded with assign=True.
+        dtype: of the bias, the scales and what `weight` reports.
+
+    Raises:
+        ValueError: bits not 2, 3 or 4, or a group size that does not divide in_features.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor
+    _qweight: Tensor
+    _scales: Tensor
+    _zeros: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        format: QuantFormat | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.format = format or QuantFormat()
+        if self.format.bits not in BITS:
+            raise ValueError(f"bits: got {self.format.bits}, expected one of {BITS}")
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.symmetric = self.format.bits, self.format.symmetric
+        self.group_size = self.format.groups(in_features)
+        self._dtype = dtype or torch.get_default_dtype()
+        self._layout: str | None = None
+        groups = in_features // self.group_size
+        kw: dict[str, Any] = {"device": device, "dtype": torch.int32}
+        words = (-(-in_features * self.bits // 32), -(-out_features * self.bits // 32))
+        zero_point = None if self.symmetric else torch.empty(words[1], groups, **kw)
+        self.register_buffer("weight_packed", torch.empty(out_features, words[0], **kw))
+        self.register_buffer(
+            "weight_scale", torch.empty(out_features, groups, device=device, dtype=self._dtype)
+        )
+        self.register_buffer("weight_zero_point", zero_point)
+        self.register_buffer(
+            "weight_shape",
+            torch.tensor([out_features, in_features], dtype=torch.int64, device=device),
+        )
+        for name in _KERNEL_BUFFERS:
+            self.register_buffer(name, None, persistent=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=self._dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        bits: int = 4,
+        group_size: int | None = 128,
+        symmetric: bool = True,
+        *,
+        clip_search: bool = False,
+        scale_dtype: torch.dtype | None = None,
+    ) -> Int4Linear:
+        """Round a linear layer to nearest.
+
+        Args:
+            linear: nn.Linear, or transformers' Conv1D (weight [K, N]); float32, bfloat16 or float16.
+            bits: 2, 3 or 4.
+            group_size: K-elements per scale, or None for one scale per row.
+            symmetric: no zero points.
+            clip_search: shrink each group's range to the fraction with the least squared error.
+            scale_dtype: of the stored scales; the weight's by default.
+
+        Returns:
+            The packed layer; it shares `linear`'s bias parameter and training mode.
+
+        Raises:
+            ValueError: NaN or Inf in the weight, or a format that does not fit it.
+        """
+        w = dense_weight(linear)
+        format = QuantFormat(bits, group_size, symmetric)
+        scale_dtype = scale_dtype or w.dtype
+        scales, zeros = quantize_grid(w, format, clip_search=clip_search, scale_dtype=scale_dtype)
+        groups = w.float().view(*scales.shape, -1)
+        codes = quantize_to_grid(groups, scales[..., None], zeros[..., None], (1 << bits) - 1)
+        layer = cls.from_parts(
+            codes.to(torch.uint8).view(w.shape),
+            scales.to(scale_dtype),
+            None if symmetric else zeros.to(torch.uint8),
+            getattr(linear, "bias", None),
+            bits=bits,
+            group_size=group_size,
+            dtype=w.dtype,
+        )
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_parts(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        bits: int = 4,
+        group_size: int | None = 128,
+        dtype: torch.dtype | None = None,
+    ) -> Int4Linear:
+        """Pack a quantized weight, w = scales * (codes - zeros).
+
+        Args:
+            codes: uint8 [N, K] below 2^bits.
+            scales: float32, bfloat16 or float16 [N, K/group_size]; stored as given.
+            zeros: uint8 [N, K/group_size] below 2^bits, or None for the constant 2^(bits-1).
+            bias: [N] or None; a Parameter is kept as it is.
+            bits: 2, 3 or 4.
+            group_size: K-elements per scale, or None for one scale per row.
+            dtype: that `weight` reports; the bias's by default, else the scales'.
+
+        Raises:
+            ValueError: names the argument, what it was and what was expected.
+        """
+        if codes.dtype != torch.uint8 or codes.dim() != 2:
+            raise ValueError(f"codes: got {codes.dtype} {list(codes.shape)}, expected uint8 [N, K]")
+        return cls.from_packed(
+            pack_codes(codes, bits),
+            scales,
+            None if zeros is None else pack_zeros(zeros, bits),
+            bias,
+            in_features=codes.shape[1],
+            format=QuantFormat(bits, group_size, zeros is None),
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        weight_zero_point: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        in_features: int,
+        format: QuantFormat,
+        dtype: torch.dtype | None = None,
+    ) -> Int4Linear:
+        """Wrap tensors of the canonical layout, as compressed-tensors stores them, without a copy.
+
+        Args:
+            weight_packed: int32 [N, ceil(K * bits / 32)].
+            weight_scale: float32, bfloat16 or float16 [N, K/group_size].
+            weight_zero_point: int32 [ceil(N * bits / 32), K/group_size], asymmetric only.
+            bias: [N] or None; a Parameter is kept as it is.
+            in_features: K.
+            format: bits, group size and symmetry.
+            dtype: that `weight` reports; the bias's by default, else the scales'.
+
+        Raises:
+            ValueError: names the tensor, what it was and what was expected.
+        """
+        dtype = dtype or (weight_scale if bias is None else bias).dtype
+        layer = cls(in_features, len(weight_packed), bias is not None, format, "meta", dtype)
+        tensors = {
+            "weight_packed": weight_packed,
+            "weight_scale": weight_scale,
+            "weight_zero_point": weight_zero_point,
+            "bias": bias,
+        }
+        if (weight_zero_point is None) != layer.symmetric:
+            got, wanted = ("none", "some") if weight_zero_point is None else ("some", "none")
+            raise ValueError(
+                f"weight_zero_point: got {got}, expected {wanted} (symmetric = {layer.symmetric})"
+            )
+        if not weight_scale.is_meta and not bool(torch.isfinite(weight_scale).all()):
+            raise ValueError("weight_scale: got NaN or Inf, expected finite scales")
+        problems = [layer._problem(k, v) for k, v in tensors.items() if v is not None]
+        problems += [
+            f"{name}: got a tensor on {t.device}, expected {weight_packed.device}"
+            for name, t in tensors.items()
+            if t is not None and t.device != weight_packed.device
+        ]
+        for problem in problems:
+            if problem:
+                raise ValueError(problem)
+        for name in _FILE_BUFFERS[:3]:
+            tensor = tensors[name]
+            layer._buffers[name] = None if tensor is None else tensor.detach().contiguous()
+        layer.weight_shape = torch.tensor(
+            [layer.out_features, in_features], device=weight_packed.device
+        )
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return layer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weight that this layer stands for."""
+        return self._dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Stand-in for the dense weight: shape, dtype and device for free, values on demand."""
+        device = next(t.device for t in self.buffers())
+        return PackedWeight(self, (self.out_features, self.in_features), self._dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] in x's dtype for x [..., K]; float32, bfloat16 or float16."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got {list(x.shape)}, expected [..., {self.in_features}]")
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        layout = self._repack()
+        qweight, scales, zeros = self._operands()
+        return w4a16_gemm(
+            pad_activations(x, self.group_size),
+            qweight,
+            scales,
+            zeros,
+            None if self.bias is None else self.bias.to(x.dtype),
+            group_size=padded_group_size(self.group_size),
+            layout=layout,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense weight [N, K] in `dtype`, by default the layer's."""
+        qweight, scales, zeros = self._operands()
+        padded = padded_group_size(self.group_size)
+        w = dequantize_int4(
+            qweight,
+            scales,
+            zeros,
+            group_size=padded,
+            dtype=dtype or self._dtype,
+            layout=self._layout or "canonical",
+        )
+        return w.view(self.out_features, -1, padded)[..., : self.group_size].reshape(
+            self.out_features, self.in_features
+        )
+
+    def to_linear(self) -> nn.Linear:
+        """A dense nn.Linear of the same values; its bias is this layer's parameter."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=False, device="meta", dtype=self._dtype
+        )
+        linear.weight = nn.Parameter(self.dequantize())
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}, "
+            f"symmetric={self.symmetric}, layout={self._layout or 'file'}"
+        )
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the kernels read: (qweight, scales, zeros) in `self._layout`."""
+        if self._layout is not None:
+            return self._qweight, self._scales, self._zeros
+        packed, zeros = self.weight_packed, self.weight_zero_point
+        if not is_wide(self.bits, self.group_size):
+            packed, zeros = widen(packed, zeros, self.bits, self.group_size, self._shape)
+        return packed, self.weight_scale, zeros
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _repack(self) -> str:
+        """Bring the weight into the layout of the kernel that serves its device, once; the layout."""
+        if self._layout is None and self._wants_repack():
+            # Repacked tensors outlive this call: a first pass under inference_mode must not leave
+            # tensors behind that a later training pass cannot save.
+            with _repacking, torch.inference_mode(False), torch.no_grad():
+                if self._layout is None:
+                    operands = self._operands()
+                    self._buffers.update(zip(_KERNEL_BUFFERS, operands, strict=True))
+                    self._layout = "canonical"
+                    self._buffers.update(dict.fromkeys(_FILE_BUFFERS[:3]))
+        return self._layout or "canonical"
+
+    # Under torch.compile the repacking runs while tracing, and the graph sees its result. This is what
+    # torch.compiler.assume_constant_result does, which would import all of Dynamo with llmkern.
+    _repack._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _wants_repack(self) -> bool:
+        # Neither a tensor without data nor a tracer's stand-in may be repacked for good.
+        if type(self.weight_packed) is not Tensor or self.weight_packed.is_meta:
+            return False
+        return not is_wide(self.bits, self.group_size)
+
+    def _file_tensors(self) -> dict[str, Tensor | None]:
+        """The canonical weight tensors, made anew where a kernel layout has replaced them."""
+        if self._layout is None:
+            return {name: self._buffers[name] for name in _FILE_BUFFERS}
+        with torch.inference_mode(False), torch.no_grad():
+            qweight, scales, zeros = self._operands()
+            if not is_wide(self.bits, self.group_size):
+                qweight, zeros = narrow(qweight, zeros, self.bits, self.group_size, self._shape)
+        return dict(zip(_FILE_BUFFERS, (qweight, scales, zeros, self.weight_shape), strict=True))
+
+    def _restore(self) -> None:
+        """Put the canonical tensors back in place of a kernel layout's."""
+        if self._layout is not None:
+            with _repacking:
+                self._buffers.update(self._file_tensors())
+                self._layout = None
+                self._buffers.update(dict.fromkeys(_KERNEL_BUFFERS))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
+        self._restore()
+
+        def move(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype else t.to(out.device)
+
+        held = {name: self._buffers[name] for name in _FILE_BUFFERS}
+        probe = fn(torch.empty(0, dtype=self._dtype, device=self.weight_packed.device))
+        self._buffers.update(dict.fromkeys(_FILE_BUFFERS))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            held = {name: None if t is None else move(t) for name, t in held.items()}
+        finally:
+            self._buffers.update(held)
+        if probe.is_floating_point():
+            self._dtype = probe.dtype
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        buffers = {**self._buffers, **self._file_tensors(), **dict.fromkeys(_KERNEL_BUFFERS)}
+        return {**self.__dict__, "_buffers": buffers, "_layout": None}
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        for name, tensor in self._file_tensors().items():
+            if tensor is not None:
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._restore()
+        problems = []
+        for name in (*_FILE_BUFFERS, "bias"):
+            tensor = state_dict.get(prefix + name)
+            if isinstance(tensor, Tensor) and getattr(self, name) is not None:
+                problem = self._problem(name, tensor)
+                problems += [prefix + problem] if problem else []
+        if problems:
+            error_msgs.extend(problems)
+            return
+        scale = state_dict.get(prefix + "weight_scale")
+        if isinstance(scale, Tensor) and scale.dtype != self.weight_scale.dtype:
+            self.weight_scale = torch.empty_like(self.weight_scale, dtype=scale.dtype)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _problem(self, name: str, tensor: Tensor) -> str | None:
+        """Why `tensor` cannot be this layer's `name`, or None."""
+        N, K = self._shape
+        groups = K // self.group_size
+        wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+            "weight_packed": ((torch.int32,), (N, -(-K * self.bits // 32))),
+            "weight_scale": (_FLOATS, (N, groups)),
+            "weight_zero_point": ((torch.int32,), (-(-N * self.bits // 32), groups)),
+            "weight_shape": ((torch.int64,), (2,)),
+            "bias": (_FLOATS, (N,)),
+        }
+        dtypes, shape = wanted[name]
+        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+            kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            return (
+                f"{name}: got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, "
+                f"expected {kinds} {list(shape)} (N = {N}, K = {K}, bits = {self.bits}, group_size = "
+                f"{self.group_size})"
+            )
+        if name == "weight_shape" and not tensor.is_meta and tensor.tolist() != [N, K]:
+            return f"weight_shape: got {tensor.tolist()}, expected {[N, K]}"
+        return None
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Weight [N, K] of an nn.Linear or of transformers' Conv1D (which stores it transposed).
+
+    Raises:
+        ValueError: `linear` is neither.
+    """
+    weight = getattr(linear, "weight", None)
+    if isinstance(linear, nn.Linear) and isinstance(weight, Tensor):
+        return weight.detach()
+    if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+        return weight.detach().t().contiguous()
+    raise ValueError(
+        f"linear: got {type(linear).__name__}, expected nn.Linear or transformers' Conv1D"
+    )
