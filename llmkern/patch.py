@@ -66,6 +66,21 @@ def patch(
     Raises:
         ValueError: a pattern with a format matches no linear layer; a layer holds NaN or Inf (named).
     """
+    report = plan_patch(model, rule)
+    made: dict[int, nn.Module] = {}
+    for name, fmt in report.replaced.items():
+        linear = model.get_submodule(name)
+        if id(linear) not in made:
+            made[id(linear)] = _make(name, linear, fmt, factory)
+        model.set_submodule(name, made[id(linear)])
+    if report.replaced:
+        record_formats(model)
+    warn_dense("patch", {name: report.left[name] for name in report.unexpected})
+    return report
+
+
+def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
+    """What `patch` would do with the same arguments; the model is only read."""
     if rule is None or isinstance(rule, QuantFormat):
         rule = {"*": rule or QuantFormat()}
     rules = dict(rule)
@@ -78,17 +93,13 @@ def patch(
                 f"{type(model).__name__}; layers are named like {next(iter(linears), 'none')!r}"
             )
     shared = _shared_weights(model)
-    made: dict[int, nn.Module] = {}
     for name, linear in linears.items():
-        winner = next((p for p in reversed(rules) if fnmatchcase(name, p)), None)
+        winner = winning_pattern(rules, name)
         fmt = None if winner is None else rules[winner]
         reason, unexpected = _reason_to_leave(name, linear, winner, fmt, shared)
         if reason is not None or fmt is None:
             report._leave(name, reason or "left dense by the rule", unexpected=unexpected)
             continue
-        if id(linear) not in made:
-            made[id(linear)] = _make(name, linear, fmt, factory)
-        model.set_submodule(name, made[id(linear)])
         report.replaced[name] = fmt
     for name, reason in find_expert_matrices(model).items():
         asked = any(
@@ -96,10 +107,12 @@ def patch(
             for pattern, fmt in rules.items()
         )
         report._leave(name, reason, unexpected=asked)
-    if report.replaced:
-        record_formats(model)
-    warn_dense("patch", {name: report.left[name] for name in report.unexpected})
     return report
+
+
+def winning_pattern(rules: Mapping[str, QuantFormat | None], name: str) -> str | None:
+    """The pattern that decides about the module `name`: the last that matches, or None."""
+    return next((p for p in reversed(list(rules)) if fnmatchcase(name, p)), None)
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
