@@ -1,0 +1,16 @@
+"""Calibration: windows of tokens, the walk through a model's blocks, statistics of their inputs."""
+
+from llmkern.calibrate.data import load_tokens, load_windows
+from llmkern.calibrate.statistics import HessianStatistic, Statistic
+from llmkern.calibrate.walker import Block, HiddenStates, capture_inputs, walk
+
+__all__ = [
+    "Block",
+    "HessianStatistic",
+    "HiddenStates",
+    "Statistic",
+    "capture_inputs",
+    "load_tokens",
+    "load_windows",
+    "walk",
+]

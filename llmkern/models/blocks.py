@@ -1,0 +1,140 @@
+"""The decoder blocks of a causal language model and the linears inside them.
+
+The only place that knows the structure of Hugging Face models. It goes by structure alone: the blocks
+are the longest outermost `nn.ModuleList` of the decoder, and their linears whatever multiplies by a
+dense matrix below them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from llmkern.patch import find_linears
+
+
+@dataclass(frozen=True)
+class DecoderBlocks:
+    """The list of blocks that a model's forward runs through, one after the other.
+
+    Attributes:
+        name: dotted path of the list inside the model, e.g. "model.layers".
+        modules: the blocks, in order.
+    """
+
+    name: str
+    modules: nn.ModuleList
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """(full dotted name, block) of every block."""
+        for index, module in enumerate(self.modules):
+            yield f"{self.name}.{index}", module
+
+
+def find_blocks(model: nn.Module) -> DecoderBlocks:
+    """The decoder blocks of `model`.
+
+    Args:
+        model: a Hugging Face causal language model, or any module that keeps its blocks in one
+            `nn.ModuleList`; a vision tower beside the text decoder is passed over.
+
+    Raises:
+        ValueError: there is no list of blocks in it.
+        NotImplementedError: it is an encoder-decoder model.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"model: got the encoder-decoder {type(model).__name__}, expected a causal language model"
+        )
+    decoder = _decoder(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    best: DecoderBlocks | None = None
+    for name, modules in _outermost_lists(decoder, prefix):
+        # Lists of bare layers (norms, projections) are no blocks: a block has layers of its own.
+        if not all(any(True for _ in entry.children()) for entry in modules):
+            continue
+        if best is None or _size(modules) > _size(best.modules):
+            best = DecoderBlocks(name, modules)
+    if best is None:
+        raise ValueError(
+            f"model: got {type(model).__name__}, in which no nn.ModuleList of decoder blocks was found"
+        )
+    return best
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _outermost_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Every non-empty ModuleList below `module` that lies inside no other one."""
+    if isinstance(module, nn.ModuleList):
+        if len(module):
+            yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _outermost_lists(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _size(modules: nn.ModuleList) -> tuple[int, int]:
+    return len(modules), sum(p.numel() for p in modules.parameters())
+
+
+def block_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The dense linears of a block by their names inside it, in the order of definition.
+
+    Linears are `nn.Linear` and transformers' `Conv1D` (GPT-2), wherever they lie. Left out are packed
+    ones, which hold no weight parameter, and the projections that `nn.MultiheadAttention` reads
+    without calling them.
+    """
+    attentions = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
+    uncalled = {id(child) for attention in attentions for child in attention.modules()}
+    return {
+        name: module
+        for name, module in find_linears(block).items()
+        if module._parameters.get("weight") is not None and id(module) not in uncalled
+    }
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Longest window, in tokens, that the model was built for; None if it sets no limit."""
+    config = _text_config(model)
+    # GPT-2's name is n_positions; its config answers to both.
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Number of rows of the model's token embedding; None if it cannot be told."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    if get_embeddings is None:
+        return None
+    weight = getattr(get_embeddings(), "weight", None)
+    return int(weight.shape[0]) if weight is not None else None
+
+
+def _text_config(model: nn.Module) -> object:
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    return config if get_text_config is None else get_text_config()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every module of `model`, each one's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
