@@ -4,13 +4,23 @@ from pathlib import Path as _Path
 
 from llmkern._backends import use_backend
 from llmkern._version import __version__
+from llmkern.evaluate import evaluate  # this, patch and quantize stand before their submodules
 from llmkern.formats.int4 import QuantFormat
 from llmkern.nn import Int4Linear
-from llmkern.patch import patch  # the function, from here on in place of the submodule
+from llmkern.patch import patch
+from llmkern.quantize import quantize
 
 # In a source tree that was built in place and not installed, the Triton kernels lie beside the package.
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "triton_kernels" / "__init__.py").is_file() and str(_root) not in __path__:
     __path__.append(str(_root))
 
-__all__ = ["Int4Linear", "QuantFormat", "__version__", "patch", "use_backend"]
+__all__ = [
+    "Int4Linear",
+    "QuantFormat",
+    "__version__",
+    "evaluate",
+    "patch",
+    "quantize",
+    "use_backend",
+]

@@ -1,0 +1,212 @@
+"""Quality, size and speed of a causal language model, against a reference where there is one.
+
+perplexity      exp of the mean negative log-likelihood of each token given those before it in its
+                window; windows do not overlap, so a window of T tokens gives T - 1 of them
+kl              mean over the same positions of KL(reference || model), in nats
+top1_agreement  fraction of them where both find the same token most likely
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.calibrate.data import Source, load_tokens
+from llmkern.models import evaluation_mode
+
+# Logits are turned into float32 log-probabilities this many elements at a time (64 MiB).
+_CHUNK = 1 << 24
+_SPEED_RUNS = 5
+_DECODE_PROMPT = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Attributes:
+        perplexity: of the tokens that were predicted.
+        kl: mean KL divergence per token from the reference, in nats; None without a reference.
+        top1_agreement: fraction of tokens where the reference's most likely token is the model's;
+            None without a reference.
+        weight_bytes: bytes of all weights as they are held; tied weights count once.
+        prefill_tokens_per_s: one window, batch 1, median; None if speed was not asked for.
+        decode_tokens_per_s: greedy decoding with a cache, batch 1, median; None likewise.
+        tokens: tokens that were fed in, windows * window.
+        window: tokens per window.
+    """
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    weight_bytes: int
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    tokens: int
+    window: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON, the protocol apart."""
+        fields = asdict(self)
+        protocol = {"tokens": fields.pop("tokens"), "window": fields.pop("window")}
+        return {**fields, "protocol": protocol}
+
+
+def evaluate(
+    model: nn.Module,
+    data: Source,
+    tokenizer: Any = None,
+    *,
+    seq_len: int | None = None,
+    reference: nn.Module | None = None,
+    batch_size: int = 4,
+    speed: bool = True,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure `model` on `data`.
+
+    The reference's logits are computed batch by batch and never kept.
+
+    Args:
+        model: a causal language model, compressed or not.
+        data: tokens or text, see `llmkern.calibrate.data`.
+        tokenizer: needed for text.
+        seq_len: tokens per window; by default a tensor's own width, else 512.
+        reference: the model that `model` was made from, with the same vocabulary.
+        batch_size: windows per forward.
+        speed: measure prefill and decoding too.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: bad data (see `llmkern.calibrate.load_tokens`), logits that hold NaN, or a
+            reference with another vocabulary.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    windows = load_tokens(data, model, tokenizer, seq_len=seq_len)
+    models = [model] if reference is None else [model, reference]
+    totals = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad(), evaluation_mode(model), evaluation_mode(models[-1]):
+        for batch in _bar(torch.split(windows, batch_size), progress):
+            totals += _score(batch, *models)
+        rates = _speeds(model, windows[:1]) if speed else (None, None)
+    predicted = len(windows) * (windows.shape[1] - 1)
+    nll, kl, agreed = (totals / predicted).tolist()
+    return Evaluation(
+        perplexity=math.exp(nll),
+        kl=None if reference is None else kl,
+        top1_agreement=None if reference is None else agreed,
+        weight_bytes=weight_bytes(model),
+        prefill_tokens_per_s=rates[0],
+        decode_tokens_per_s=rates[1],
+        tokens=windows.numel(),
+        window=windows.shape[1],
+    )
+
+
+def _bar(batches: tuple[Tensor, ...], progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="evaluate", unit="batch", disable=None if progress else True)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None = None) -> Tensor:
+    """Sums over a batch's predictions: negative log-likelihood, KL, agreements; float64 [3]."""
+    logits = _logits(model, batch)
+    other = None if reference is None else _logits(reference, batch)
+    if other is not None and other.shape != logits.shape:
+        raise ValueError(
+            f"reference: got a vocabulary of {other.shape[-1]}, expected the model's, {logits.shape[-1]}"
+        )
+    targets = batch[:, 1:].flatten().to(logits.device)
+    sums = torch.zeros(3, dtype=torch.float64)
+    rows = max(1, _CHUNK // logits.shape[-1])
+    for i in range(0, len(logits), rows):
+        chunk = logits[i : i + rows].float().log_softmax(-1)
+        sums[0] -= chunk.gather(1, targets[i : i + rows, None]).double().sum().cpu()
+        if other is not None:
+            want = other[i : i + rows].to(chunk.device).float().log_softmax(-1)
+            sums[1] += (want.exp() * (want - chunk)).sum(-1).double().sum().cpu()
+            sums[2] += (want.argmax(-1) == chunk.argmax(-1)).sum().cpu()
+    if bool(sums.isnan().any()):
+        raise ValueError("model: its logits (or the reference's) hold NaN, expected numbers")
+    return sums
+
+
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    """Logits [B * (T - 1), V] of every token that has a successor in its window."""
+    logits: Tensor = model(input_ids=batch.to(_device(model)), use_cache=False).logits
+    return logits[:, :-1].flatten(0, 1)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights as they are held, packed ones packed; shared memory counts once.
+
+    Counted are the parameters and buffers of every module that has something to save, which takes in
+    kernel layouts and leaves out tables that are computed (rotary frequencies, masks).
+    """
+    storages = {}
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        held = [*module.parameters(recurse=False), *buffers.values()]
+        if len(held) == len(buffers) and buffers.keys() <= module._non_persistent_buffers_set:
+            continue
+        for tensor in held:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _speeds(model: nn.Module, window: Tensor) -> tuple[float, float]:
+    """Tokens per second of prefill and of greedy decoding, batch 1, medians after a warm-up."""
+    window = window.to(_device(model))
+    keep: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        keep["logits_to_keep"] = 1  # as generation does
+
+    def prefill(tokens: Tensor) -> Any:
+        return model(input_ids=tokens, use_cache=True, **keep)
+
+    prefill(window)
+    seconds = [_timed(lambda: prefill(window), window.device) for _ in range(_SPEED_RUNS)]
+    prefill_rate = window.shape[1] / median(seconds)
+
+    prompt = window[:, : max(1, min(_DECODE_PROMPT, window.shape[1] // 2))]
+    output = prefill(prompt)
+    steps = []
+    # Prompt and steps fit the window, and so the model's context.
+    for _ in range(min(64, window.shape[1] - prompt.shape[1])):
+        token = output.logits[:, -1:].argmax(-1)
+        cache = output.past_key_values
+
+        def decode(token: Tensor = token, cache: Any = cache) -> None:
+            nonlocal output
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+
+        steps.append(_timed(decode, window.device))
+    return prefill_rate, 1 / median(steps[len(steps) // 8 :])
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

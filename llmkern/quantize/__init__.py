@@ -1,0 +1,19 @@
+"""Quantization methods, and the function that applies one to a whole model."""
+
+from llmkern.quantize._driver import METHODS, DataOptions, quantize
+from llmkern.quantize._report import LayerReport, QuantizedWeight, QuantizeReport
+from llmkern.quantize.gptq import GptqOptions, gptq
+from llmkern.quantize.rtn import RtnOptions, rtn
+
+__all__ = [
+    "METHODS",
+    "DataOptions",
+    "GptqOptions",
+    "LayerReport",
+    "QuantizeReport",
+    "QuantizedWeight",
+    "RtnOptions",
+    "gptq",
+    "quantize",
+    "rtn",
+]

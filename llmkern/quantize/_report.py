@@ -1,0 +1,83 @@
+"""What quantizing gives back: one weight, one layer's line of the report, the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One weight as a method leaves it.
+
+    Attributes:
+        codes: uint8 [N, K].
+        scales: [N, groups], in the dtype of the weight.
+        zeros: uint8 [N, groups], or None when symmetric.
+        loss: squared error that the method minimised, over all rows: (w - ŵ) H (w - ŵ)ᵀ where it has
+            a Hessian, |w - ŵ|² where it has none.
+        relative_loss: the loss as a fraction of w H wᵀ, or of |w|².
+        damp: fraction of H's mean diagonal that was added to it; None without a Hessian.
+        factored: False if there was a Hessian but rounding to nearest had to do instead.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    loss: float
+    relative_loss: float
+    damp: float | None
+    factored: bool
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's line in the report.
+
+    Attributes:
+        name: full dotted name.
+        shape: (N, K).
+        bits, group_size, symmetric: its format; group_size = K for one scale per row.
+        loss, relative_loss, damp, factored: see `QuantizedWeight`.
+        seconds: spent on this layer, factorization included where it was the first to need it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    loss: float
+    relative_loss: float
+    damp: float | None
+    factored: bool
+    seconds: float
+
+
+@dataclass
+class QuantizeReport:
+    """What `quantize` did.
+
+    Attributes:
+        method: "gptq" or "rtn".
+        options: the method's options, as used.
+        tokens: calibration tokens, windows * window; 0 for a method that needs none.
+        window: tokens per calibration window.
+        layers: one line per quantized layer, in the order of the work.
+        dense: why each layer inside the blocks that stayed dense did so, by full name.
+        seconds: in all, calibration included.
+    """
+
+    method: str
+    options: dict[str, Any]
+    tokens: int = 0
+    window: int = 0
+    layers: list[LayerReport] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)

@@ -1,0 +1,99 @@
+"""GPTQ: each column's rounding error is pushed onto the columns still to be rounded.
+
+Frantar et al. 2022, arXiv 2210.17323. The column loop is `llmkern.ops.obs_quantize`; layers that share
+an input share one factored Hessian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmkern.calibrate.statistics import HessianStatistic
+from llmkern.formats.int4 import QuantFormat
+from llmkern.ops import HessianFactor, obs_quantize
+from llmkern.quantize._report import QuantizedWeight
+from llmkern.quantize.rtn import RtnOptions, rtn
+
+# Rows whose output energy is computed for the relative loss; all N would cost as much as the loop.
+_ENERGY_ROWS = 256
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """Options of `gptq`.
+
+    Attributes:
+        damp: fraction of the mean of the Hessian's diagonal that is added to it, in [0, 1).
+        act_order: round the columns with the largest inputs first. Groups stay those of the original
+            order, so every checkpoint format can hold the result.
+        group_scales: "static" takes each group's grid from the original weights, "dynamic" from the
+            weights as updated when the loop reaches the group; dynamic is not possible with act_order.
+        clip_search: shrink each group's range to the fraction with the least squared error.
+        true_sequential: inside a block, let each linear see the outputs of the quantized ones before
+            it; otherwise all of a block's statistics are taken in one pass, before any is quantized.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    group_scales: str = "static"
+    clip_search: bool = False
+    true_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp < 1:
+            raise ValueError(f"damp: got {self.damp}, expected a fraction in [0, 1)")
+        if self.group_scales not in ("static", "dynamic"):
+            raise ValueError(
+                f"group_scales: got {self.group_scales!r}, expected 'static' or 'dynamic'"
+            )
+        if self.act_order and self.group_scales == "dynamic":
+            raise ValueError("group_scales: got 'dynamic' with act_order, expected 'static'")
+
+
+def gptq(
+    weight: Tensor, fmt: QuantFormat, statistic: HessianStatistic, options: GptqOptions
+) -> QuantizedWeight:
+    """Quantize weight [N, K] against the Hessian of its inputs.
+
+    Returns:
+        The weight; its `factored` is False if the Hessian could not be factored at any damping, or no
+        input ever came (an expert without tokens): it is then rounded to nearest.
+
+    Raises:
+        ValueError: NaN or Inf in the weight or the statistic, or a group size that does not divide K.
+    """
+    if statistic.rows == 0:
+        # An empty Hessian would declare every column dead, and the weight zero.
+        plain = rtn(weight, fmt, RtnOptions(options.clip_search))
+        return QuantizedWeight(**{**vars(plain), "factored": False})
+    factor = statistic.factor(damp=options.damp, act_order=options.act_order)
+    result = obs_quantize(
+        weight,
+        factor,
+        fmt,
+        group_scales=options.group_scales,
+        clip_search=options.clip_search,
+    )
+    return QuantizedWeight(
+        codes=result.codes,
+        scales=result.scales,
+        zeros=result.zeros,
+        loss=float(result.loss.sum(dtype=torch.float64)),
+        relative_loss=_relative(weight, result.loss, factor),
+        damp=result.damp,
+        factored=result.factored,
+    )
+
+
+def _relative(weight: Tensor, loss: Tensor, factor: HessianFactor) -> float:
+    """Loss over w H wᵀ, on evenly spaced rows; H damped, as in the loss."""
+    N = weight.shape[0]
+    rows = torch.arange(0, N, -(-N // _ENERGY_ROWS), device=weight.device)
+    w = weight[rows].float()
+    if factor.order is not None:
+        w = w[:, factor.order]
+    energy = float((w @ factor.U).mul_(factor.d).square().sum(dtype=torch.float64))
+    return float(loss[rows].sum(dtype=torch.float64)) / energy if energy else 0.0
