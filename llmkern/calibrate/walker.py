@@ -210,7 +210,9 @@ def capture_inputs(
         def forward(*args: Any, **kwargs: Any) -> Any:
             call, x = _split(args, kwargs)
             if not wrap:
-                # One real call shows whether this model's blocks return a tensor or a tuple.
+                # One real call shows whether this model's blocks return a tensor or a tuple; it may
+                # change its input in place.
+                x = x.clone()
                 wrap.append(_like(original(*args, **kwargs)))
             if index == 0:
                 inputs.append(x)
