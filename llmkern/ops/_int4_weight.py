@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern import _backends
 from llmkern.ops._library import FLOATS, expect
 
 LAYOUTS = ("canonical", "cpu")
@@ -66,3 +67,10 @@ def check_weight(
             tensor,
             f"the device of scales, {scales.device}",
         )
+
+
+def refuse_triton_weight(qweight: Tensor, layout: str) -> str | None:
+    """Why the Triton kernels cannot read a weight, or None."""
+    if layout != "canonical":
+        return f"the weight is in the {layout} layout"
+    return _backends.refuse_triton(qweight.device.type)

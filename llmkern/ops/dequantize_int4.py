@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._int4_weight import check_weight, weight_shape
+from llmkern.ops._int4_weight import check_weight, refuse_triton_weight, weight_shape
 from llmkern.ops._library import FLOATS, register
 from llmkern.reference.w4a16_gemm import dequantize_int4 as _reference
 
@@ -28,7 +30,27 @@ def _launch_reference(
     out.copy_(_reference(qweight, scales, zeros, group_size, out.dtype))
 
 
-BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+def _refuse_triton(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> str | None:
+    return refuse_triton_weight(qweight, layout)
+
+
+def _launch_triton(*args: Any) -> None:
+    from llmkern.triton_kernels.dequantize_int4 import launch
+
+    launch(*args)
+
+
+BACKENDS = (
+    Backend("triton", _refuse_triton, _launch_triton),
+    Backend("reference", _backends.never_refuse, _launch_reference),
+)
 
 
 def _check(

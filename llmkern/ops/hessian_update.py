@@ -22,7 +22,20 @@ def _launch_reference(H: Tensor, x: Tensor, alpha: float) -> None:
     _reference(H, x, alpha)
 
 
-BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+def _refuse_triton(H: Tensor, x: Tensor, alpha: float) -> str | None:
+    return _backends.refuse_triton(H.device.type)
+
+
+def _launch_triton(H: Tensor, x: Tensor, alpha: float) -> None:
+    from llmkern.triton_kernels.hessian_update import launch
+
+    launch(H, x, alpha)
+
+
+BACKENDS = (
+    Backend("triton", _refuse_triton, _launch_triton),
+    Backend("reference", _backends.never_refuse, _launch_reference),
+)
 
 
 def _check(H: Tensor, x: Tensor, alpha: float) -> None:

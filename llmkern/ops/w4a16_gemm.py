@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._int4_weight import check_weight, weight_shape
+from llmkern.ops._int4_weight import check_weight, refuse_triton_weight, weight_shape
 from llmkern.ops._library import FLOATS, LIBRARY, expect, register
 from llmkern.ops.dequantize_int4 import dequantize_int4
 from llmkern.reference.w4a16_gemm import w4a16_gemm as _reference
@@ -37,7 +37,29 @@ def _launch_reference(
     out.copy_(_reference(x, qweight, scales, zeros, bias, group_size))
 
 
-BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+def _refuse_triton(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> str | None:
+    return refuse_triton_weight(qweight, layout)
+
+
+def _launch_triton(*args: Any) -> None:
+    from llmkern.triton_kernels.w4a16_gemm import launch
+
+    launch(*args)
+
+
+BACKENDS = (
+    Backend("triton", _refuse_triton, _launch_triton),
+    Backend("reference", _backends.never_refuse, _launch_reference),
+)
 
 
 def _check(
