@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -42,19 +43,29 @@ def say(text: str) -> None:
         print(f"llmkern build: {text}", file=sys.stderr, flush=True)
 
 
-def gencode_flags(arch_list: str) -> str:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0a+PTX"."""
-    flags = []
+def cuda_targets(arch_list: str) -> list[str]:
+    """What TORCH_CUDA_ARCH_LIST asks for: "8.0;9.0a+PTX" is sm_80, sm_90a and compute_90."""
+    targets = []
     for entry in arch_list.replace(" ", ";").split(";"):
         if not entry:
             continue
-        number = entry.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if entry.endswith("+PTX"):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: got {entry!r}, expected entries such as 8.0, 9.0a or 8.6+PTX"
+            )
+        major, minor, suffix, ptx = match.groups()
+        targets.append(f"sm_{major}{minor}{suffix}")
+        if ptx:
             # PTX of an architecture-specific target (90a) runs nowhere else: keep the generic one.
-            generic = number.rstrip("af")
-            flags.append(f"-gencode=arch=compute_{generic},code=compute_{generic}")
-    return " ".join(flags)
+            targets.append(f"compute_{major}{minor}")
+    return list(dict.fromkeys(targets))
+
+
+def gencode_flags(targets: list[str]) -> str:
+    """nvcc's flags that compile for `targets`."""
+    virtual = {target: f"compute_{target.partition('_')[2]}" for target in targets}
+    return " ".join(f"-gencode=arch={virtual[target]},code={target}" for target in targets)
 
 
 class NinjaBuild(build_ext):
@@ -123,17 +134,18 @@ def cpu_rules(temp: Path, target: Path, includes: str) -> list[str]:
 
 
 def cuda_rules(temp: Path, target: Path, includes: str) -> list[str]:
-    nvcc = shutil.which("nvcc")
-    arches = gencode_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHES)
+    targets = cuda_targets(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHES)
+    names = f"'-DLLMKERN_CUDA_ARCHS=\"{':'.join(targets)}\"'"
+    host = f"-ccbin {cxx()}" if os.environ.get("CXX") else ""
     lines = [
-        f"nvcc = {nvcc}",
-        f"flags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {includes}",
+        f"nvcc = {shutil.which('nvcc')} {host}",
+        f"flags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {includes}",
         "rule compile",
-        f"  command = $nvcc $flags {arches} -MD -MF $out.d -c $in -o $out",
+        f"  command = $nvcc $flags {gencode_flags(targets)} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule host",
-        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+        f"  command = $nvcc $flags {names} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

@@ -1,7 +1,125 @@
 // llmkern._cuda: the CUDA kernels on raw pointers. Python has checked every argument.
+//
+// Importing it touches no driver, so that it can say what it was built for on any machine.
 
+#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cuda/common/launch.h"
+#include "cuda/kernels.h"
 
 namespace py = pybind11;
+using namespace llmkern;
 
-PYBIND11_MODULE(_cuda, m) { m.doc() = "CUDA kernels of llmkern"; }
+#ifndef LLMKERN_CUDA_MODULE
+#define LLMKERN_CUDA_MODULE _cuda  // the emulator is built from this file under another name
+#endif
+#ifndef LLMKERN_CUDA_ARCHS
+#define LLMKERN_CUDA_ARCHS ""  // e.g. "sm_80:compute_90"
+#endif
+
+namespace {
+
+// Makes `device` current until the end of the scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cuda::check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) cuda::check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<std::string> archs() {
+  std::vector<std::string> names;
+  std::istringstream list(LLMKERN_CUDA_ARCHS);
+  for (std::string name; std::getline(list, name, ':');) names.push_back(name);
+  return names;
+}
+
+Int4Weight int4_weight(uintptr_t qweight, uintptr_t scales, uintptr_t zeros, int64_t N, int64_t K,
+                       int64_t group_size, int scales_dtype) {
+  return {pointer<void>(qweight), pointer<void>(scales), pointer<void>(zeros), N, K, group_size,
+          DType(scales_dtype),    Int4Layout::kCanonical};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("archs", archs,
+        "What this module holds code for: sm_XX (machine code), compute_XX (PTX, which the driver "
+        "compiles for newer GPUs).");
+  m.def(
+      "w4a16_gemm",
+      [](uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t bias,
+         uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t group_size,
+         int dtype, int scales_dtype, int device, uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::w4a16_gemm(
+            {pointer<void>(x), int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype),
+             pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype)},
+            pointer<void>(stream));
+      },
+      unlocked);
+  m.def(
+      "dequantize_int4",
+      [](uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t out, int64_t N, int64_t K,
+         int64_t group_size, int dtype, int scales_dtype, int device, uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::dequantize_int4({int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype),
+                               pointer<void>(out), DType(dtype)},
+                              pointer<void>(stream));
+      },
+      unlocked);
+  m.def(
+      "hessian_update",
+      [](uintptr_t H, uintptr_t x, int64_t T, int64_t K, double alpha, int dtype, int device,
+         uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::hessian_update({pointer<float>(H), pointer<void>(x), T, K, alpha, DType(dtype)},
+                             pointer<void>(stream));
+      },
+      unlocked);
+  m.def(
+      "obs_quantize_block",
+      [](uintptr_t w, uintptr_t U, uintptr_t d, uintptr_t g_idx, uintptr_t codes, uintptr_t scales,
+         uintptr_t zeros, uintptr_t w_hat, uintptr_t loss, uintptr_t error, int64_t N, int64_t K,
+         int64_t group_size, int bits, bool symmetric, bool clip_search, int scales_dtype,
+         int64_t first, int64_t last, int64_t error_stride, bool fit, int device,
+         uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::obs_quantize_block(
+            {{pointer<float>(w), pointer<float>(U), pointer<float>(d), pointer<int32_t>(g_idx),
+              pointer<uint8_t>(codes), pointer<float>(scales), pointer<float>(zeros),
+              pointer<float>(w_hat), pointer<float>(loss), N, K, group_size, bits, fit, symmetric,
+              clip_search, DType(scales_dtype)},
+             first,
+             last,
+             error_stride,
+             pointer<float>(error),
+             fit},
+            pointer<void>(stream));
+      },
+      unlocked);
+#ifdef LLMKERN_EMU
+  m.def("set_reverse_order", [](bool reverse) {
+    emu::set_order(reverse ? emu::Order::kReverse : emu::Order::kForward);
+  });
+#endif
+}

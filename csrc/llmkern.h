@@ -19,7 +19,7 @@ struct Int4Weight {
   const void* qweight;
   const void* scales;  // canonical [N, K/group_size], cpu [K/group_size, N]
   const void* zeros;   // canonical: packed int32 [ceil(N/8), K/group_size]; cpu: uint8
-                      // [K/group_size, N]; null: the constant 8
+                       // [K/group_size, N]; null: the constant 8
   int64_t N, K, group_size;
   DType scales_dtype;
   Int4Layout layout;
@@ -51,8 +51,7 @@ struct HessianUpdateParams {
   DType dtype;
 };
 
-// The column loop of llmkern/reference/obs_quantize.py over a whole matrix (CPU) or one block
-// (CUDA).
+// The column loop of llmkern/reference/obs_quantize.py over a whole matrix.
 struct ObsQuantizeParams {
   const float* w;        // [N, K], columns in visiting order
   const float* U;        // [K, K], strict upper triangle read
@@ -67,6 +66,15 @@ struct ObsQuantizeParams {
   int32_t bits;
   bool dynamic, symmetric, clip_search;
   DType scales_dtype;  // scales are rounded to it
+};
+
+// Columns first..last-1 of that loop, as llmkern/ops/_obs_blocks.py launches them: there w_hat
+// holds the updated weights and gets the quantized ones; loss is added to.
+struct ObsBlockParams {
+  ObsQuantizeParams op;
+  int64_t first, last, error_stride;
+  float* error;  // [N, last - first], row stride error_stride: w - w_hat
+  bool fit;      // compute scales and zeros of each group on reaching its first column
 };
 
 }  // namespace llmkern

@@ -16,7 +16,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 
@@ -122,11 +125,53 @@ def refuse_cpu(device_type: str) -> str | None:
     return compiled_module("_cpu")[1]
 
 
-def refuse_cuda(device_type: str) -> str | None:
-    """Why the compiled CUDA kernels cannot serve a tensor on `device_type`, or None."""
-    if device_type != "cuda":
-        return f"tensors are on {device_type}"
-    return compiled_module("_cuda")[1]
+def refuse_cuda(device: torch.device) -> str | None:
+    """Why the compiled CUDA kernels cannot serve a tensor on `device`, or None."""
+    if device.type != "cuda":
+        return f"tensors are on {device.type}"
+    return _refuse_cuda_device(device.index)
+
+
+@cache
+def _refuse_cuda_device(index: int) -> str | None:
+    import torch
+
+    module, reason = compiled_module("_cuda")
+    if module is None:
+        return reason
+    return refuse_capability(torch.cuda.get_device_capability(index), module.archs())
+
+
+def refuse_capability(capability: tuple[int, int], archs: Sequence[str]) -> str | None:
+    """Why code built for `archs` cannot run on a GPU of `capability`, or None.
+
+    Machine code (sm_XY) runs on its own major version from minor version Y on; that of an
+    architecture-specific target (sm_90a) on exactly its own version. PTX (compute_XY) runs on XY and
+    everything newer.
+    """
+    major, minor = capability
+    here = f"the GPU's compute capability is {major}.{minor}"
+    if capability < (8, 0):
+        return f"{here}, expected 8.0 or newer"
+    for arch in archs:
+        kind, _, name = arch.partition("_")
+        version = divmod(int(name.rstrip("af")), 10)
+        if name[-1] in "af":
+            serves = version == capability
+        elif kind == "compute":
+            serves = version <= capability
+        else:
+            serves = version[0] == major and version[1] <= minor
+        if serves:
+            return None
+    return f"{here}, but llmkern._cuda was built for {', '.join(archs) or 'no GPU'}"
+
+
+def cuda_queue(device: torch.device) -> tuple[int, int]:
+    """Ordinal and current stream of a CUDA device, as the compiled kernels take them."""
+    import torch
+
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 @cache

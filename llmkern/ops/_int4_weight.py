@@ -69,6 +69,17 @@ def check_weight(
         )
 
 
+def refuse_cuda_weight(qweight: Tensor, layout: str) -> str | None:
+    """Why the compiled CUDA kernels cannot read a weight, or None."""
+    if reason := _backends.refuse_cuda(qweight.device):
+        return reason
+    if layout != "canonical":
+        return f"the weight is in the {layout} layout"
+    if qweight.data_ptr() % 16:
+        return "qweight is not 16-byte aligned"
+    return None
+
+
 def refuse_triton_weight(qweight: Tensor, layout: str) -> str | None:
     """Why the Triton kernels cannot read a weight, or None."""
     if layout != "canonical":

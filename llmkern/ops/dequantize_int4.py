@@ -9,8 +9,13 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._int4_weight import check_weight, refuse_triton_weight, weight_shape
-from llmkern.ops._library import FLOATS, register
+from llmkern.ops._int4_weight import (
+    check_weight,
+    refuse_cuda_weight,
+    refuse_triton_weight,
+    weight_shape,
+)
+from llmkern.ops._library import DTYPE_CODES, FLOATS, pointer, register
 from llmkern.reference.w4a16_gemm import dequantize_int4 as _reference
 
 SCHEMA = (
@@ -28,6 +33,40 @@ def _launch_reference(
     out: Tensor,
 ) -> None:
     out.copy_(_reference(qweight, scales, zeros, group_size, out.dtype))
+
+
+def _refuse_cuda(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> str | None:
+    return refuse_cuda_weight(qweight, layout)
+
+
+def _launch_cuda(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    module, _ = _backends.compiled_module("_cuda")
+    assert module is not None
+    module.dequantize_int4(
+        pointer(qweight),
+        pointer(scales),
+        pointer(zeros),
+        pointer(out),
+        *out.shape,
+        group_size,
+        DTYPE_CODES[out.dtype],
+        DTYPE_CODES[scales.dtype],
+        *_backends.cuda_queue(out.device),
+    )
 
 
 def _refuse_triton(
@@ -48,6 +87,7 @@ def _launch_triton(*args: Any) -> None:
 
 
 BACKENDS = (
+    Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )

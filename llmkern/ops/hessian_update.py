@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._library import FLOATS, expect, register
+from llmkern.ops._library import DTYPE_CODES, FLOATS, expect, pointer, register
 from llmkern.reference.hessian_update import hessian_update as _reference
 
 SCHEMA = "hessian_update(Tensor(a!) H, Tensor x, float alpha) -> ()"
@@ -20,6 +20,17 @@ SCHEMA = "hessian_update(Tensor(a!) H, Tensor x, float alpha) -> ()"
 
 def _launch_reference(H: Tensor, x: Tensor, alpha: float) -> None:
     _reference(H, x, alpha)
+
+
+def _refuse_cuda(H: Tensor, x: Tensor, alpha: float) -> str | None:
+    return _backends.refuse_cuda(x.device)
+
+
+def _launch_cuda(H: Tensor, x: Tensor, alpha: float) -> None:
+    module, _ = _backends.compiled_module("_cuda")
+    assert module is not None
+    queue = _backends.cuda_queue(x.device)
+    module.hessian_update(pointer(H), pointer(x), *x.shape, alpha, DTYPE_CODES[x.dtype], *queue)
 
 
 def _refuse_triton(H: Tensor, x: Tensor, alpha: float) -> str | None:
@@ -33,6 +44,7 @@ def _launch_triton(H: Tensor, x: Tensor, alpha: float) -> None:
 
 
 BACKENDS = (
+    Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )

@@ -7,6 +7,7 @@ GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the one-Cholesky form of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.formats.int4 import QuantFormat
 from llmkern.ops._hessian_factor import HessianFactor, factorize_hessian
-from llmkern.ops._library import FLOATS, expect, register
+from llmkern.ops._library import DTYPE_CODES, FLOATS, expect, pointer, register
+from llmkern.ops._obs_blocks import run_blocks
 from llmkern.reference import obs_quantize as _reference
 
 SCHEMA = (
@@ -77,7 +79,57 @@ def _launch_reference(
         out.copy_(value)
 
 
-BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+def _refuse_cuda(w: Tensor, *args: object) -> str | None:
+    return _backends.refuse_cuda(w.device)
+
+
+def _launch_cuda_block(
+    w: Tensor,
+    U: Tensor,
+    d: Tensor,
+    g_idx: Tensor,
+    dynamic: bool,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    clip_search: bool,
+    scale_dtype: torch.dtype,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    w_hat: Tensor,
+    loss: Tensor,
+    first: int,
+    last: int,
+    fit: bool,
+    error: Tensor,
+) -> None:
+    module, _ = _backends.compiled_module("_cuda")
+    assert module is not None
+    module.obs_quantize_block(
+        *(pointer(t) for t in (w, U, d, g_idx, codes, scales, zeros, w_hat, loss, error)),
+        *w.shape,
+        group_size,
+        bits,
+        symmetric,
+        clip_search,
+        DTYPE_CODES[scale_dtype],
+        first,
+        last,
+        error.stride(0),
+        fit,
+        *_backends.cuda_queue(w.device),
+    )
+
+
+def _launch_cuda(*args: Any) -> None:
+    run_blocks(_launch_cuda_block, *args)
+
+
+BACKENDS = (
+    Backend("cuda", _refuse_cuda, _launch_cuda),
+    Backend("reference", _backends.never_refuse, _launch_reference),
+)
 
 
 def _check(

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._int4_weight import check_weight, refuse_triton_weight, weight_shape
-from llmkern.ops._library import FLOATS, LIBRARY, expect, register
+from llmkern.ops._int4_weight import (
+    check_weight,
+    refuse_cuda_weight,
+    refuse_triton_weight,
+    weight_shape,
+)
+from llmkern.ops._library import DTYPE_CODES, FLOATS, LIBRARY, expect, pointer, register
 from llmkern.ops.dequantize_int4 import dequantize_int4
 from llmkern.reference.w4a16_gemm import w4a16_gemm as _reference
 
@@ -37,6 +42,48 @@ def _launch_reference(
     out.copy_(_reference(x, qweight, scales, zeros, bias, group_size))
 
 
+def _refuse_cuda(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> str | None:
+    return refuse_cuda_weight(qweight, layout)
+
+
+def _launch_cuda(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    module, _ = _backends.compiled_module("_cuda")
+    assert module is not None
+    module.w4a16_gemm(
+        pointer(x),
+        pointer(qweight),
+        pointer(scales),
+        pointer(zeros),
+        pointer(bias),
+        pointer(out),
+        *out.shape,
+        x.shape[1],
+        x.stride(0),
+        group_size,
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[scales.dtype],
+        *_backends.cuda_queue(x.device),
+    )
+
+
 def _refuse_triton(
     x: Tensor,
     qweight: Tensor,
@@ -57,6 +104,7 @@ def _launch_triton(*args: Any) -> None:
 
 
 BACKENDS = (
+    Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
