@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern.formats.int4 import pack_codes, pack_zeros
+
 
 def assert_matches(out: Tensor, spec: Tensor, like: Tensor, slack: float = 2.0) -> None:
     """Check a kernel against a float64 specification, with a tolerance that nobody tunes.
@@ -39,3 +41,21 @@ def relative_error(out: Tensor, spec: Tensor) -> float:
     """Frobenius norm of out - spec over that of spec, in float64."""
     spec = spec.double()
     return float((out.double() - spec).norm() / spec.norm())
+
+
+def random_int4_weight(
+    N: int,
+    K: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random qweight, scales and zeros in the canonical layout, the weight of about unit norm per row."""
+    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    groups = K // group_size
+    scales = ((torch.rand(N, groups) + 0.5) / (5 * K**0.5)).to(scale_dtype)
+    zeros = None
+    if not symmetric:
+        zeros = pack_zeros(torch.randint(0, 16, (N, groups), dtype=torch.uint8), 4)
+    return pack_codes(codes, 4), scales, zeros

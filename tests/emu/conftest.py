@@ -1,0 +1,135 @@
+"""Builds the emulator (csrc/emu): the CUDA sources compiled for the host, rebuilt when they change."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from llmkern import _backends
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / f"emu-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+# Plain arithmetic must round once, as the sources say; the sanitizer's traps become errors of the
+# launch: misaligned vector accesses, array indices, shifts, signed overflow.
+FLAGS = (
+    "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -Wall -Wextra "
+    "-Wno-unknown-pragmas -fsanitize=alignment,bounds,shift,signed-integer-overflow "
+    "-fsanitize-undefined-trap-on-error -DLLMKERN_EMU -DLLMKERN_CUDA_MODULE=_emu"
+)
+
+
+def build(target: str, sources: list[Path]) -> Path:
+    """Compile `sources` for the host into one shared library, build/emu-*/`target`."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    import pybind11
+
+    includes = [
+        ROOT / "csrc" / "emu",
+        ROOT / "csrc",
+        pybind11.get_include(),
+        sysconfig.get_paths()["include"],
+    ]
+    lines = [
+        f"flags = {FLAGS} {' '.join(f'-I{path}' for path in includes)}",
+        "rule compile",
+        f"  command = {compiler} $flags -x c++ -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared $in -o $out",
+        *(f"build {source.stem}.o: compile {source}" for source in sources),
+        f"build {target}: link {' '.join(f'{source.stem}.o' for source in sources)}",
+    ]
+    folder = BUILD / Path(target).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+    result = subprocess.run([*ninja, "-C", str(folder)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    return folder / target
+
+
+@pytest.fixture(scope="session")
+def build_for_host() -> Callable[[str, list[Path]], Path]:
+    return build
+
+
+@pytest.fixture(scope="session")
+def emulator_module() -> ModuleType:
+    csrc = ROOT / "csrc"
+    sources = sorted((csrc / "cuda").glob("*.cu"))
+    path = build("_emu.so", [*sources, csrc / "emu" / "emulator.cpp", csrc / "cuda_module.cpp"])
+    spec = importlib.util.spec_from_file_location("_emu", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def emulator(emulator_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Makes "cuda" the emulator: every op runs its CUDA backend, launch code included, on CPU tensors."""
+    monkeypatch.setattr(_backends, "compiled_module", lambda name: (emulator_module, None))
+    monkeypatch.setattr(_backends, "refuse_cuda", lambda device: None)
+    monkeypatch.setattr(_backends, "cuda_queue", lambda device: (0, 0))
+    with _backends.use_backend("cuda"):
+        yield emulator_module
+    emulator_module.set_reverse_order(False)
+
+
+@pytest.fixture
+def both_orders(emulator: ModuleType) -> Callable[[Callable[[], object]], object]:
+    """Runs a call with threads and blocks in both orders; races show as different bits."""
+
+    def run(call: Callable[[], object]) -> object:
+        results = []
+        for reverse in (False, True):
+            emulator.set_reverse_order(reverse)
+            results.append(call())
+        forward, backward = (r if isinstance(r, tuple) else (r,) for r in results)
+        for a, b in zip(forward, backward, strict=True):
+            assert torch.equal(a, b), "the result depends on the order of the threads"
+        return results[0]
+
+    return run
+
+
+@pytest.fixture
+def guarded() -> Callable[[torch.Tensor | None], torch.Tensor | None]:
+    """Copies a tensor to where the page behind its last element cannot be touched.
+
+    A kernel that reads or writes past the end then fails with "illegal memory access". The copy is
+    16-byte aligned, so up to 15 bytes of NaN may follow it.
+    """
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def copy(t: torch.Tensor | None) -> torch.Tensor | None:
+        if t is None:
+            return None
+        size = -(-t.numel() * t.element_size() // 16) * 16
+        pages = -(-size // page) * page
+        memory = mmap.mmap(-1, pages + page)
+        memory[:pages] = b"\xff" * pages
+        base = torch.frombuffer(memory, dtype=torch.uint8)
+        assert libc.mprotect(ctypes.c_void_p(base.data_ptr() + pages), page, 0) == 0  # PROT_NONE
+        start = pages - size
+        flat = base[start : start + t.numel() * t.element_size()].view(t.dtype)
+        return flat.view(t.shape).copy_(t)
+
+    return copy
