@@ -6,6 +6,7 @@ from llmkern._backends import use_backend
 from llmkern._version import __version__
 from llmkern.evaluate import evaluate  # this, patch and quantize stand before their submodules
 from llmkern.formats.int4 import QuantFormat
+from llmkern.hf import accelerate, load, save
 from llmkern.nn import Int4Linear
 from llmkern.patch import patch
 from llmkern.quantize import quantize
@@ -19,8 +20,11 @@ __all__ = [
     "Int4Linear",
     "QuantFormat",
     "__version__",
+    "accelerate",
     "evaluate",
+    "load",
     "patch",
     "quantize",
+    "save",
     "use_backend",
 ]

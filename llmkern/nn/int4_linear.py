@@ -234,7 +234,7 @@ class Int4Linear(nn.Linear):
             )
         if not weight_scale.is_meta and not bool(torch.isfinite(weight_scale).all()):
             raise ValueError("weight_scale: got NaN or Inf, expected finite scales")
-        problems = [layer._problem(k, v) for k, v in tensors.items() if v is not None]
+        problems = [layer.problem(k, v) for k, v in tensors.items() if v is not None]
         problems += [
             f"{name}: got a tensor on {t.device}, expected {weight_packed.device}"
             for name, t in tensors.items()
@@ -361,7 +361,7 @@ class Int4Linear(nn.Linear):
                 qweight, zeros = narrow(qweight, zeros, self.bits, self.group_size, self._shape)
         return dict(zip(_FILE_BUFFERS, (qweight, scales, zeros, self.weight_shape), strict=True))
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Put the canonical tensors back in place of a kernel layout's."""
         if self._layout is not None:
             with _repacking:
@@ -370,7 +370,7 @@ class Int4Linear(nn.Linear):
                 self._buffers.update(dict.fromkeys(_KERNEL_BUFFERS))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
-        self._restore()
+        self.restore()
 
         def move(t: Tensor) -> Tensor:
             out = fn(t)
@@ -411,12 +411,12 @@ class Int4Linear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._restore()
+        self.restore()
         problems = []
         for name in (*_FILE_BUFFERS, "bias"):
             tensor = state_dict.get(prefix + name)
             if isinstance(tensor, Tensor) and getattr(self, name) is not None:
-                problem = self._problem(name, tensor)
+                problem = self.problem(name, tensor)
                 problems += [prefix + problem] if problem else []
         if problems:
             error_msgs.extend(problems)
@@ -428,7 +428,7 @@ class Int4Linear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _problem(self, name: str, tensor: Tensor) -> str | None:
+    def problem(self, name: str, tensor: Tensor) -> str | None:
         """Why `tensor` cannot be this layer's `name`, or None."""
         N, K = self._shape
         groups = K // self.group_size

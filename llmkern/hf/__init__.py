@@ -1,0 +1,7 @@
+"""Hugging Face checkpoints: save, load, and take over models that transformers has loaded."""
+
+from llmkern.hf.accelerate import accelerate
+from llmkern.hf.load import load
+from llmkern.hf.save import save
+
+__all__ = ["accelerate", "load", "save"]

@@ -1,0 +1,113 @@
+"""Take over a compressed-tensors model that transformers has loaded, before it expands it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from llmkern.hf.scheme import weights_format
+from llmkern.nn import Int4Linear
+from llmkern.patch import find_expert_matrices, record_formats, warn_dense
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model) -> Model:
+    """Run a compressed-tensors model packed, on llmkern's kernels.
+
+    transformers keeps a `pack-quantized` checkpoint packed only until the first forward pass, which
+    expands every layer to dense. Called before that pass, this swaps the packed layers for
+    `Int4Linear`, sharing their tensors: nothing is expanded, and saving writes the same bytes.
+
+        model = AutoModelForCausalLM.from_pretrained("some/w4a16-checkpoint")
+        model = llmkern.accelerate(model)
+
+    Layers of other formats (8 bits, fp8, quantized activations ...) and MoE experts held as 3-D
+    parameters stay with transformers and are listed in one warning.
+
+    Args:
+        model: from `from_pretrained`, with compressed-tensors installed, not used yet.
+
+    Returns:
+        The same model, changed in place.
+
+    Raises:
+        ValueError: the first forward pass has already expanded the model, or nothing in it is packed.
+    """
+    quantized = {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module, "quantization_scheme", None) is not None
+    }
+    packed = {n: m for n, m in quantized.items() if "weight_packed" in m._parameters}
+    done = any(isinstance(module, Int4Linear) for module in model.modules())
+    if not packed and not done:
+        raise ValueError(_why_nothing_is_packed(quantized))
+    left = {}
+    for name, module in quantized.items():
+        try:
+            model.set_submodule(name, _take_over(module, name))
+        except ValueError as error:
+            left[name] = str(error).removeprefix(f"{name}: ")
+    if packed:
+        left |= find_expert_matrices(model)
+    if not any(name in quantized for name in left):
+        _release(model)
+    warn_dense("accelerate", left)
+    return model
+
+
+def _why_nothing_is_packed(quantized: dict[str, nn.Module]) -> str:
+    if quantized:
+        return (
+            f"model: got {next(iter(quantized))} already expanded by a first forward pass, expected a "
+            "model fresh from from_pretrained: load it again and call accelerate first"
+        )
+    return (
+        "model: got no packed layer in it, expected a compressed-tensors model from from_pretrained "
+        "(with compressed-tensors installed)"
+    )
+
+
+def _take_over(module: nn.Module, name: str) -> Int4Linear:
+    scheme: Any = module.quantization_scheme
+    if not isinstance(module, nn.Linear) or "weight_packed" not in module._parameters:
+        raise ValueError(f"{name}: its format is not pack-quantized")
+    if module.weight_packed.is_meta:
+        raise ValueError(f"{name}: its tensors are offloaded")
+    if scheme.input_activations is not None or scheme.output_activations is not None:
+        raise ValueError(f"{name}: quantized activations are not supported")
+    fmt = weights_format(scheme.weights.model_dump(), name)
+    own = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    layer = Int4Linear.from_packed(
+        own["weight_packed"],
+        own["weight_scale"],
+        None if fmt.symmetric else own.get("weight_zero_point"),
+        module.bias,
+        in_features=module.in_features,
+        format=fmt,
+    )
+    problem = layer.problem("weight_shape", own["weight_shape"])
+    if problem:
+        raise ValueError(f"{name}: {problem}")
+    layer.train(module.training)
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        # A model spread over devices moves activations between them in these hooks.
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, hook)
+    return layer
+
+
+def _release(model: nn.Module) -> None:
+    """Make the model one of ours: transformers' hook and quantizer have nothing left to do."""
+    hook = getattr(model, "ct_decompress_hook", None)
+    if hook is not None:
+        hook.remove()
+        del model.ct_decompress_hook
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    record_formats(model)

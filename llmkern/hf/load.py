@@ -1,0 +1,116 @@
+"""Load a checkpoint directory with its quantized layers running packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmkern.hf.checkpoint_files import CheckpointFiles, read_checkpoint
+from llmkern.hf.scheme import read_scheme
+from llmkern.nn import Int4Linear
+from llmkern.patch import record_formats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model directory; layers in compressed-tensors' `pack-quantized` format stay packed.
+
+    Needs neither compressed-tensors nor memory for any dense copy of a packed layer. A directory
+    without a `quantization_config` loads as the plain model that it is.
+
+    Args:
+        directory: holds config.json and safetensors weights, whoever wrote them.
+        kwargs: go to transformers' `from_pretrained`: `dtype`, `device_map`, `attn_implementation` ...
+
+    Returns:
+        The model in eval mode, its quantized linears `Int4Linear` modules.
+
+    Raises:
+        ValueError: not a model directory; damaged, missing, unexpected or misshapen tensors (named);
+            scales with NaN or Inf (named); a quantization scheme that llmkern does not read (named);
+            weights or code that would have to be executed.
+    """
+    import transformers
+
+    if kwargs.get("trust_remote_code"):
+        raise ValueError("trust_remote_code: got True, expected no remote code: it is never run")
+    files = read_checkpoint(directory)
+    quantization = files.config.get("quantization_config")
+    scheme = None if quantization is None else read_scheme(quantization, str(files.directory))
+    config = transformers.AutoConfig.from_pretrained(files.directory, trust_remote_code=False)
+    if scheme is not None:
+        from llmkern.hf._quantizer import METHOD
+
+        _check_tensor_names(files)
+        config.quantization_config = {"quant_method": METHOD, "scheme": scheme, "files": files}
+    # An architecture outside transformers would need code from the directory.
+    name = (files.config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ValueError(
+            f"{files.directory}: architectures: got {name!r}, which transformers lacks"
+        )
+    model, info = model_class.from_pretrained(
+        files.directory, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+    )
+    _check_loading(files, info)
+    if scheme is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+        _check_packed(files, model)
+        record_formats(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _check_tensor_names(files: CheckpointFiles) -> None:
+    packed = [name for name in files.tensors if name.endswith(".weight_packed")]
+    if not packed:
+        raise ValueError(
+            f"{files.directory}: got a quantization_config but no weight_packed tensor, expected "
+            "packed weights"
+        )
+    g_idx = next((name for name in files.tensors if name.endswith(".weight_g_idx")), None)
+    if g_idx:
+        raise ValueError(
+            f"{files.directory}: {g_idx}: got act-order groups (actorder 'group'), expected groups of "
+            "consecutive columns: not supported"
+        )
+
+
+def _check_loading(files: CheckpointFiles, info: dict[str, Any]) -> None:
+    packed = sorted(k for k in info["unexpected_keys"] if k.endswith(".weight_packed"))
+    if packed:
+        raise ValueError(
+            f"{files.directory}: {packed[0]}: got a packed weight that no linear layer of the model "
+            f"takes ({len(packed)} such), expected linear layers only: packed MoE experts are not "
+            "supported yet"
+        )
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape than the model's": sorted(str(key[0]) for key in info["mismatched_keys"]),
+    }
+    for what, names in problems.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{files.directory}: tensors {what}: {', '.join(names[:3])}{more}")
+    if info.get("error_msgs"):
+        raise ValueError(f"{files.directory}: {info['error_msgs'][0]}")
+
+
+def _check_packed(files: CheckpointFiles, model: torch.nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Int4Linear):
+            continue
+        tensors = {key: t for key, t in layer.state_dict().items() if not t.is_meta}
+        for key, tensor in tensors.items():
+            problem = layer.problem(key, tensor)
+            if problem:
+                raise ValueError(f"{files.directory}: {name}.{problem}")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{files.directory}: {name}.{key}: got NaN or Inf, expected finite numbers"
+                )

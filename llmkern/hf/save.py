@@ -1,0 +1,170 @@
+"""Write a model with packed layers as a checkpoint that the field's tools read, all or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from llmkern.hf.checkpoint_files import CONFIG
+from llmkern.nn import Int4Linear
+from llmkern.patch import find_expert_matrices, record_formats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Save a model and all that loading it needs.
+
+    Packed layers are written in compressed-tensors' `pack-quantized` format: `llmkern.load` and
+    `llmkern.accelerate` run them packed, transformers with compressed-tensors, vLLM and others read
+    them as they are. Everything is written into a new directory beside the target, named
+    `<directory>.partial-…`, and renamed when complete: a process that is killed leaves the target as
+    it was.
+
+    Args:
+        model: a transformers model.
+        directory: to be made; an empty one may exist.
+        tokenizer: anything with `save_pretrained`, written beside the model.
+        overwrite: replace the model that `directory` holds, all its files with it.
+        max_shard_size: split the weights into files of at most this size.
+
+    Raises:
+        FileExistsError: `directory` holds a model and `overwrite` is not set, or holds other files.
+        OSError: it could not be written (full disk, no permission); the target is as it was.
+        ValueError: not a transformers model, or a layer's packed weight has been expanded.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: got {type(model).__name__}, expected a transformers model")
+    target = Path(directory).absolute()
+    _check_target(target, overwrite)
+    _check_expanded(model)
+    _warn_readers(model)
+    if getattr(model, "hf_quantizer", None) is None and any(
+        isinstance(module, Int4Linear) for module in model.modules()
+    ):
+        record_formats(model)
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            # The tensors to be written take the kernel layout's place instead of lying beside it.
+            module.restore()
+    with _replacing(target) as partial:
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_file():
+        raise FileExistsError(f"{target}: got a file, expected a directory to be made")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not (target / CONFIG).is_file():
+        raise FileExistsError(
+            f"{target}: got a directory with other files in it, expected a new or empty one"
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"{target}: got a directory that already holds a model, expected a new one, or overwrite"
+        )
+
+
+def _check_expanded(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        quantized = getattr(module, "quantization_scheme", None) is not None
+        if quantized and "weight" in module._parameters:
+            raise ValueError(
+                f"{name}: got a weight that its first forward pass has expanded, expected packed "
+                "tensors: load the model again, and call llmkern.accelerate before its first use"
+            )
+
+
+def _warn_readers(model: PreTrainedModel) -> None:
+    """Say where the field's own readers cannot follow: silence would mean random weights there."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]
+    if not packed:
+        return
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    odd = {name: skeleton.get_submodule(name) for name in packed}
+    odd = {name: module for name, module in odd.items() if not isinstance(module, nn.Linear)}
+    why = [f"{name} is a packed {type(module).__name__}" for name, module in odd.items()][:1]
+    why += [f"{name} holds dense MoE experts" for name in find_expert_matrices(model)][:1]
+    if why:
+        warnings.warn(
+            f"save: {' and '.join(why)}, which transformers with compressed-tensors does not read: the "
+            "directory loads with llmkern.load",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A new directory that becomes `target` when the block ends well and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    try:
+        yield partial
+        _sync(partial)
+        _swap_in(partial, target)
+    except SafetensorError as error:
+        # safetensors reports a full disk as an error of its own.
+        raise OSError(f"{target}: could not be written ({error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    # A rename may reach the disk before the files it names: they go first.
+    for path in (*directory.rglob("*"), directory):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap_in(partial: Path, target: Path) -> None:
+    partial.chmod(0o777 & ~_umask())
+    replaced = None
+    if target.is_dir() and any(target.iterdir()):
+        replaced = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced-", dir=target.parent))
+        os.replace(target, replaced)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if replaced is not None:
+            os.replace(replaced, target)
+        raise
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    if replaced is not None:
+        shutil.rmtree(replaced)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
