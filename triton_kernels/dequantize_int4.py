@@ -14,8 +14,6 @@ import triton.language as tl
 
 from .int4 import dequantize_tile, load_zeros
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 
 @dataclass(frozen=True)
 class Config:

@@ -7,6 +7,7 @@ GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the one-Cholesky form of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,8 +127,20 @@ def _launch_cuda(*args: Any) -> None:
     run_blocks(_launch_cuda_block, *args)
 
 
+def _refuse_triton(w: Tensor, *args: Any) -> str | None:
+    return _backends.refuse_triton(w.device.type)
+
+
+def _launch_triton(*args: Any) -> None:
+    from llmkern.triton_kernels.obs_quantize import launch_block
+
+    clip = {"clip_steps": _reference.CLIP_STEPS, "clip_min": _reference.CLIP_MIN}
+    run_blocks(partial(launch_block, **clip), *args)
+
+
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
+    Backend("triton", _refuse_triton, _launch_triton),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 
