@@ -113,7 +113,8 @@ __device__ __forceinline__ void push_errors(const Columns& columns, const Strip&
 }
 
 __global__ void __launch_bounds__(kRows)
-    obs_quantize_kernel(const ObsBlockParams p, const ClipFractions clip) {
+    obs_quantize_kernel(const __grid_constant__ ObsBlockParams p,
+                        const __grid_constant__ ClipFractions clip) {
   LLMKERN_SHARED(float, columns, [kBlock][kRows + 1]);
   LLMKERN_SHARED(float, strip, [kBlock][kPanel]);
   const ObsQuantizeParams& op = p.op;
