@@ -56,7 +56,7 @@ def save(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: got {type(model).__name__}, expected a transformers model")
     target = Path(directory).absolute()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     _check_expanded(model)
     _warn_readers(model)
     if getattr(model, "hf_quantizer", None) is None and any(
@@ -73,7 +73,7 @@ def save(
             tokenizer.save_pretrained(partial)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     if target.is_file():
         raise FileExistsError(f"{target}: got a file, expected a directory to be made")
     if not target.is_dir() or not any(target.iterdir()):

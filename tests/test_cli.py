@@ -1,0 +1,156 @@
+"""The command line: a model in, a smaller one out; and every mistake answered with one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llmkern import assets
+from llmkern.cli import main
+
+MODEL = str(assets.bundled_model_dir())
+CALIBRATION = ["--calibration", str(assets.calibration_text()), "--samples", "4", "--seq-len", "64"]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `llmkern ARGS...` in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llmkern", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.pt"
+    torch.save(torch.randint(3, 2000, (4, 64)), path)
+    return path
+
+
+def test_quantize_eval_generate(run: Run, tmp_path: Path, tokens: Path) -> None:
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    code, _, err = run("quantize", MODEL, "-o", out, "--bits", "4", *CALIBRATION)
+    assert code == 0, err
+    command = ["eval", out, "--tokens", tokens, "--seq-len", "64", "--reference", MODEL]
+    code, _, err = run(*command, "--json", result)
+    assert code == 0, err
+    values = json.loads(result.read_text())
+    wanted = {"perplexity", "kl", "top1_agreement", "weight_bytes"}
+    wanted |= {"prefill_tokens_per_s", "decode_tokens_per_s", "protocol"}
+    assert wanted <= values.keys()
+    assert values["protocol"] == {"tokens": 256, "window": 64}
+    assert 0 < values["kl"] < 1
+    assert values["top1_agreement"] > 0.5
+    code, text, err = run("generate", out, "--prompt", "def main():", "--max-new-tokens", "8")
+    assert code == 0, err
+    assert text.startswith("def main():")
+    assert len(text) > len("def main():\n")
+
+
+def test_rules_choose_bits_per_layer(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rules = ["--rule", "*.mlp.*=3:64", "--rule", "*.o_proj=dense"]
+    code, _, err = run("quantize", MODEL, "-o", out, "--method", "rtn", *rules)
+    assert code == 0, err
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    formats = {(g["weights"]["num_bits"], g["weights"].get("group_size")) for g in groups.values()}
+    assert formats == {(3, 64), (4, 128)}
+    report = json.loads((out / "llmkern_report.json").read_text())
+    assert any(name.endswith("o_proj") for name in report["dense"])
+
+
+def test_env_lists_every_op_and_backend(run: Run) -> None:
+    code, text, _ = run("env")
+    assert code == 0
+    for word in ("w4a16_gemm", "obs_quantize", "triton", "reference", "torch"):
+        assert word in text
+
+
+def bad_tokens(folder: Path) -> Path:
+    save_file({"tokens": torch.full((2, 64), 5000)}, folder / "tokens.safetensors")
+    return folder / "tokens.safetensors"
+
+
+def truncated_model(folder: Path) -> Path:
+    for file in Path(MODEL).iterdir():
+        data = file.read_bytes()
+        (folder / file.name).write_bytes(
+            data[: len(data) // 2 if "safetensors" in file.name else None]
+        )
+    return folder
+
+
+def empty_file(folder: Path) -> Path:
+    (folder / "empty.txt").write_text("")
+    return folder / "empty.txt"
+
+
+MISTAKES = {
+    "not_a_model": (lambda d: ["quantize", d, "-o", d / "o"], "config.json"),
+    "truncated_weights": (lambda d: ["quantize", truncated_model(d), "-o", d / "o"], "safetensors"),
+    "empty_calibration": (
+        lambda d: ["quantize", MODEL, "-o", d / "o", "--calibration", empty_file(d)],
+        "empty",
+    ),
+    "missing_calibration": (
+        lambda d: ["quantize", MODEL, "-o", d / "o", "--calibration", d / "none.txt"],
+        "none.txt",
+    ),
+    "tokens_outside_vocabulary": (
+        lambda d: ["eval", MODEL, "--tokens", bad_tokens(d), "--seq-len", "64"],
+        "5000",
+    ),
+    "group_size": (
+        lambda d: ["quantize", MODEL, "-o", d / "o", "--group-size", "100"],
+        "group_size",
+    ),
+    "bits": (lambda d: ["quantize", MODEL, "-o", d / "o", "--bits", "5"], "bits"),
+    "method": (lambda d: ["quantize", MODEL, "-o", d / "o", "--method", "awk"], "method"),
+    "rule": (lambda d: ["quantize", MODEL, "-o", d / "o", "--rule", "mlp"], "--rule"),
+    "dtype": (lambda d: ["eval", MODEL, "--tokens", d / "t.pt", "--dtype", "int8"], "--dtype"),
+    "text_and_tokens": (lambda d: ["eval", MODEL], "--text, --tokens"),
+    "window_beyond_context": (
+        lambda d: ["eval", MODEL, "--text", assets.evaluation_text(), "--seq-len", "9999"],
+        "9999",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_one_line_that_says_what_was_wrong(
+    run: Run, tmp_path: Path, mistake: str
+) -> None:
+    arguments, fragment = MISTAKES[mistake]
+    code, _, err = run(*arguments(tmp_path))
+    lines = [line for line in err.splitlines() if line.startswith("llmkern: error:")]
+    assert code == 1
+    assert len(lines) == 1
+    assert fragment in lines[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_output_that_holds_a_model_is_kept(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["quantize", MODEL, "-o", out, "--method", "rtn"]
+    assert run(*command)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, err = run(*command, "--bits", "3")
+    assert code == 1
+    assert "overwrite" in err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run(*command, "--bits", "3", "--overwrite")[0] == 0
+    assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
