@@ -1,7 +1,215 @@
+// out[m, n] = sum_k x[m, k] * scales[n, g] * (codes[n, k] - zeros[n, g]) + bias[n]
+//
+// Integer dot products do 4 (VNNI) or 2 multiplications where a float FMA does one, so x is
+// written, chunk by chunk of K (at most 128 columns, inside a group), as D signed 8-bit digits of a
+// fixed-point number: the largest |x| of the row's chunk fills 8 * D - 1 bits. D = 4 for float32 x
+// (every bit of an element down to 2^-30 of the largest is kept), 3 for 16-bit x (down to 2^-22, as
+// a float32 accumulator would keep). Inside a chunk the sums are exact; a chunk's sum enters the
+// float32 accumulator once, times scale, in ascending k. So a row's result depends on nothing but
+// that row and the weight: not on M, on its neighbours, on the number of threads or on the
+// instruction set.
+//
+// A row's chunk with a NaN or an Inf makes the row's outputs NaN.
+#include <math.h>
+
+#include <new>
+
+#include "int4_dot.h"
 #include "kernels.h"
 
 namespace llmkern::LLMKERN_ISA {
+namespace {
 
-void w4a16_gemm(const W4A16GemmParams&) {}
+// Rows of x that pass over a block's tiles together: their accumulators stay in the L2 cache.
+constexpr int64_t kPanel = 192;
+// Bound on the digits of x that exist at a time.
+constexpr int64_t kWorkspaceBytes = 32 << 20;
+// Multiplications below which waking the other threads costs more than it gains.
+constexpr int64_t kParallelWork = 1 << 19;
+
+// x of some rows as digits. Tiles of kRows<D> rows (fewer at the end) are stored one after another.
+struct Digits {
+  int32_t* x;       // tile: [K / 4][rows][D], four columns per dword
+  int32_t* x_sums;  // tile: [chunks][rows][D], sum of a chunk's digits, in the low 16 bits
+  float* scales;    // [rows][chunks], a power of two; NaN if the chunk is not finite
+  int64_t rows, K, columns, chunks;
+};
+
+class Workspace {
+ public:
+  Workspace(int64_t rows, int64_t K, int64_t columns, int D)
+      : chunks_(K / columns),
+        sums_at_(rows * K / 4 * D),
+        scales_at_(sums_at_ + rows * chunks_ * D),
+        data_(static_cast<int32_t*>(operator new((scales_at_ + rows * chunks_) * 4,
+                                                 std::align_val_t(64)))) {}
+  ~Workspace() { operator delete(data_, std::align_val_t(64)); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  Digits digits(int64_t rows, int64_t K, int64_t columns) const {
+    return {data_,   data_ + sums_at_, reinterpret_cast<float*>(data_ + scales_at_), rows, K,
+            columns, chunks_};
+  }
+
+ private:
+  int64_t chunks_, sums_at_, scales_at_;
+  int32_t* data_;
+};
+
+// Largest number that D signed 8-bit digits can hold, rounded down to a float.
+template <int D>
+constexpr float kLargest = D == 2   ? 32639.f
+                           : D == 3 ? 8355711.f
+                                    : 2139062016.f;
+
+// fixed = round(x * factor); x * factor fits.
+inline void to_fixed(const float* x, float factor, int64_t n, int32_t* fixed) {
+#ifdef __AVX2__
+  for (int64_t i = 0; i < n; i += 8)
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(fixed + i),
+        _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(factor))));
+#else
+  for (int64_t i = 0; i < n; ++i) fixed[i] = int32_t(rintf(x[i] * factor));
+#endif
+}
+
+// Chunk c of row m of x into its digits.
+template <int D>
+void split(const W4A16GemmParams& p, int64_t m0, const Digits& digits, int64_t m, int64_t c) {
+  const int64_t n = digits.columns, tile = m / kRows<D> * kRows<D>;
+  const int64_t rows = smaller(kRows<D>, digits.rows - tile), at = (m - tile) * D;
+  int32_t* out = digits.x + (tile * digits.K + c * n * rows) / 4 * D + at;
+  int32_t* sums = digits.x_sums + (tile * digits.chunks + c * rows) * D + at;
+  alignas(64) float x[kMaxChunk];
+  to_float(p.x, (m0 + m) * p.x_stride + c * n, p.dtype, n, x);
+  uint32_t top = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
+    top = magnitude > top ? magnitude : top;
+  }
+  const bool finite = top < 0x7f800000;
+  // Numbers so small that the factor would overflow are cut off at 2^-126.
+  int32_t exponent = int32_t(top >> 23) - 127;
+  if (exponent < -96) exponent = -96;
+  int32_t shift = 8 * D - 2 - exponent;
+  if (finite && bits_float(top) * bits_float(uint32_t(shift + 127) << 23) > kLargest<D>) --shift;
+  const float factor = finite ? bits_float(uint32_t(shift + 127) << 23) : 0;
+  digits.scales[m * digits.chunks + c] =
+      finite ? bits_float(uint32_t(127 - shift) << 23) : bits_float(0x7fc00000);
+  alignas(64) int32_t fixed[kMaxChunk];
+  if (finite)
+    to_fixed(x, factor, n, fixed);
+  else
+    memset(fixed, 0, sizeof(fixed));
+  for (int d = 0; d < D; ++d) {
+    alignas(64) int8_t digit[kMaxChunk];
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      digit[i] = int8_t(fixed[i]);
+      fixed[i] = (fixed[i] - digit[i]) >> 8;
+      sum += digit[i];
+    }
+    for (int64_t q = 0; q < n / 4; ++q) memcpy(out + q * rows * D + d, digit + 4 * q, 4);
+    sums[d] = sum & 0xffff;
+  }
+}
+
+// acc += scales * (the digits' sums put together), for one row of x.
+template <int D>
+inline void accumulate(const int32_t* sums, const float* scales, float x_scale, float* acc) {
+  for (int64_t n = 0; n < kBlock; ++n) {
+    const int32_t low = sums[n] + 256 * sums[kBlock + n];
+    float sum = float(low);
+    if (D == 3) sum = fmaf(float(sums[2 * kBlock + n]), 65536.f, sum);
+    if (D == 4) sum = fmaf(float(sums[2 * kBlock + n] + 256 * sums[3 * kBlock + n]), 65536.f, sum);
+    acc[n] = fmaf(scales[n] * x_scale, sum, acc[n]);
+  }
+}
+
+// One tile of the weight times R rows of x, from `row` on.
+template <int R, int D>
+inline void multiply_rows(const Tile& tile, const Digits& digits, int64_t row, int64_t c,
+                          float* acc) {
+  alignas(64) int32_t sums[R * D * kBlock];
+  dot_tile<R, D>(tile, digits.columns / 4,
+                 digits.x + (row * digits.K + c * digits.columns * R) / 4 * D,
+                 digits.x_sums + (row * digits.chunks + c * R) * D, sums);
+  for (int r = 0; r < R; ++r)
+    accumulate<D>(sums + r * D * kBlock, tile.scales, digits.scales[(row + r) * digits.chunks + c],
+                  acc + r * kBlock);
+}
+
+template <int D>
+inline void multiply_tile(const Tile& tile, const Digits& digits, int64_t row, int64_t rows,
+                          int64_t c, float* acc) {
+  constexpr int kMost = kRows<D>;
+  if (rows == 1) return multiply_rows<1, D>(tile, digits, row, c, acc);
+  if constexpr (kMost >= 2)
+    if (rows == 2) return multiply_rows<2, D>(tile, digits, row, c, acc);
+  if constexpr (kMost >= 3)
+    if (rows == 3) return multiply_rows<3, D>(tile, digits, row, c, acc);
+  if constexpr (kMost >= 4) multiply_rows<4, D>(tile, digits, row, c, acc);
+}
+
+// Columns n0 .. n0 + 63 of the output for rows `first` .. `last` of the digits, which start at row
+// m0 of x.
+template <int D>
+void multiply_block(const W4A16GemmParams& p, const Digits& digits, int64_t m0, int64_t n0,
+                    int64_t first, int64_t last) {
+  alignas(64) float acc[kPanel * kBlock];
+  memset(acc, 0, (last - first) * kBlock * sizeof(float));
+  Tile tile;
+  start_block(p.w, n0, tile);
+  for (int64_t c = 0; c < digits.chunks; ++c) {
+    load_tile(p.w, n0, c * digits.columns, digits.columns, tile);
+    for (int64_t row = first; row < last; row += kRows<D>)
+      multiply_tile<D>(tile, digits, row, smaller(kRows<D>, last - row), c,
+                       acc + (row - first) * kBlock);
+  }
+  const int64_t count = smaller(kBlock, p.w.N - n0);
+  float bias[kBlock] = {};
+  if (p.bias) to_float(p.bias, n0, p.dtype, count, bias);
+  for (int64_t row = first; row < last; ++row) {
+    float* y = acc + (row - first) * kBlock;
+    for (int64_t n = 0; n < kBlock; ++n) y[n] += bias[n];
+    from_float(y, count, p.dtype, p.out, (m0 + row) * p.w.N + n0);
+  }
+}
+
+template <int D>
+void multiply(const W4A16GemmParams& p) {
+  const int64_t N = p.w.N, K = p.w.K, columns = chunk_columns(p.w.group_size);
+  const int64_t blocks = (N + kBlock - 1) / kBlock;
+  // Rows at a time, whole panels unless M is less.
+  const int64_t panels_at_once = kWorkspaceBytes / (K * D * kPanel) + 1;
+  const int64_t step = smaller(p.M, panels_at_once * kPanel);
+  const Workspace workspace(step, K, columns, D);
+  static_assert(kPanel % kRows<D> == 0, "panels start with a tile of rows");
+#pragma omp parallel if (p.M * N * K >= kParallelWork)
+  for (int64_t m0 = 0; m0 < p.M; m0 += step) {
+    const Digits digits = workspace.digits(smaller(step, p.M - m0), K, columns);
+    const int64_t panels = (digits.rows + kPanel - 1) / kPanel;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < digits.rows * digits.chunks; ++i)
+      split<D>(p, m0, digits, i / digits.chunks, i % digits.chunks);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < panels * blocks; ++i) {
+      const int64_t first = i / blocks * kPanel;
+      multiply_block<D>(p, digits, m0, i % blocks * kBlock, first,
+                        smaller(first + kPanel, digits.rows));
+    }
+  }
+}
+
+}  // namespace
+
+void w4a16_gemm(const W4A16GemmParams& p) {
+  if (p.dtype == DType::kFloat32)
+    multiply<4>(p);
+  else
+    multiply<3>(p);
+}
 
 }  // namespace llmkern::LLMKERN_ISA

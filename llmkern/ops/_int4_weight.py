@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmkern import _backends
+from llmkern.formats.int4_cpu import from_cpu_layout
 from llmkern.ops._library import FLOATS, expect
 
 LAYOUTS = ("canonical", "cpu")
@@ -85,3 +86,12 @@ def refuse_triton_weight(qweight: Tensor, layout: str) -> str | None:
     if layout != "canonical":
         return f"the weight is in the {layout} layout"
     return _backends.refuse_triton(qweight.device.type)
+
+
+def canonical_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(qweight, scales, zeros) in the canonical layout, for backends that read no other."""
+    if layout == "canonical":
+        return qweight, scales, zeros
+    return from_cpu_layout(qweight, scales, zeros, group_size)

@@ -10,18 +10,45 @@ from torch import Tensor
 from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.ops._int4_weight import (
+    canonical_weight,
     check_weight,
     refuse_cuda_weight,
     refuse_triton_weight,
     weight_shape,
 )
-from llmkern.ops._library import DTYPE_CODES, FLOATS, pointer, register
+from llmkern.ops._library import DTYPE_CODES, FLOATS, LAYOUT_CODES, pointer, register
 from llmkern.reference.w4a16_gemm import dequantize_int4 as _reference
 
 SCHEMA = (
     "dequantize_int4(Tensor qweight, Tensor scales, Tensor? zeros, int group_size, str layout, "
     "ScalarType dtype) -> Tensor"
 )
+
+
+def _refuse_cpu(qweight: Tensor, *_: Any) -> str | None:
+    return _backends.refuse_cpu(qweight.device.type)
+
+
+def _launch_cpu(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    kernels: Any = _backends.compiled_module("_cpu")[0]
+    kernels.dequantize_int4(
+        qweight.data_ptr(),
+        scales.data_ptr(),
+        pointer(zeros),
+        out.data_ptr(),
+        *out.shape,
+        group_size,
+        DTYPE_CODES[out.dtype],
+        DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
+    )
 
 
 def _launch_reference(
@@ -32,7 +59,8 @@ def _launch_reference(
     layout: str,
     out: Tensor,
 ) -> None:
-    out.copy_(_reference(qweight, scales, zeros, group_size, out.dtype))
+    weight = canonical_weight(qweight, scales, zeros, group_size, layout)
+    out.copy_(_reference(*weight, group_size, out.dtype))
 
 
 def _refuse_cuda(
@@ -89,6 +117,7 @@ def _launch_triton(*args: Any) -> None:
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
+    Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 

@@ -14,12 +14,21 @@ from torch import Tensor
 from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.ops._int4_weight import (
+    canonical_weight,
     check_weight,
     refuse_cuda_weight,
     refuse_triton_weight,
     weight_shape,
 )
-from llmkern.ops._library import DTYPE_CODES, FLOATS, LIBRARY, expect, pointer, register
+from llmkern.ops._library import (
+    DTYPE_CODES,
+    FLOATS,
+    LAYOUT_CODES,
+    LIBRARY,
+    expect,
+    pointer,
+    register,
+)
 from llmkern.ops.dequantize_int4 import dequantize_int4
 from llmkern.reference.w4a16_gemm import w4a16_gemm as _reference
 
@@ -27,6 +36,38 @@ SCHEMA = (
     "w4a16_gemm(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, "
     "int group_size, str layout) -> Tensor"
 )
+
+
+def _refuse_cpu(x: Tensor, *_: Any) -> str | None:
+    return _backends.refuse_cpu(x.device.type)
+
+
+def _launch_cpu(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    kernels: Any = _backends.compiled_module("_cpu")[0]
+    kernels.w4a16_gemm(
+        x.data_ptr(),
+        qweight.data_ptr(),
+        scales.data_ptr(),
+        pointer(zeros),
+        pointer(bias),
+        out.data_ptr(),
+        *out.shape,
+        x.shape[1],
+        x.stride(0),
+        group_size,
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
+    )
 
 
 def _launch_reference(
@@ -39,7 +80,8 @@ def _launch_reference(
     layout: str,
     out: Tensor,
 ) -> None:
-    out.copy_(_reference(x, qweight, scales, zeros, bias, group_size))
+    weight = canonical_weight(qweight, scales, zeros, group_size, layout)
+    out.copy_(_reference(x, *weight, bias, group_size))
 
 
 def _refuse_cuda(
@@ -106,6 +148,7 @@ def _launch_triton(*args: Any) -> None:
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
+    Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 
