@@ -67,8 +67,6 @@ class PackedQuantizer(HfQuantizer):
             scale_dtype = dtypes.get(name) or usual
             if scale_dtype is not None:
                 layer.weight_scale = torch.empty_like(layer.weight_scale, dtype=scale_dtype)
-            # Or transformers would initialise it as the nn.Linear that it is to isinstance.
-            layer._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, layer)
 
     def is_serializable(self) -> bool:

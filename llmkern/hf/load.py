@@ -54,9 +54,17 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise ValueError(
             f"{files.directory}: architectures: got {name!r}, which transformers lacks"
         )
-    model, info = model_class.from_pretrained(
-        files.directory, config=config, use_safetensors=True, output_loading_info=True, **kwargs
-    )
+    try:
+        model, info = model_class.from_pretrained(
+            files.directory,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # listed by name below, instead of in a log
+            **kwargs,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{files.directory}: {str(error).splitlines()[0]}") from error
     _check_loading(files, info)
     if scheme is not None:
         model.hf_quantizer.remove_quantization_config(model)

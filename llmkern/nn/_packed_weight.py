@@ -23,6 +23,8 @@ class PackedWeight(Tensor):
     """
 
     _linear: _Dequantizable
+    # transformers initialises the weight of anything that is an nn.Linear, unless it says this.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(

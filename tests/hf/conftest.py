@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -36,7 +37,8 @@ def llama() -> Callable[..., LlamaForCausalLM]:
             "vocab_size": 128,
             **changes,
         }
-        return LlamaForCausalLM(LlamaConfig(**config)).to(dtype).eval()
+        # Not .to(dtype), which rounds the rotary frequencies that loading computes anew.
+        return AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=dtype).eval()
 
     return make
 
@@ -55,7 +57,7 @@ def moe() -> Callable[[], Qwen3MoeForCausalLM]:
             head_dim=16,
             vocab_size=128,
         )
-        return Qwen3MoeForCausalLM(config).bfloat16().eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
     return make
 
