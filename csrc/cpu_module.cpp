@@ -20,11 +20,13 @@ struct Kernels {
   void (*w4a16_gemm)(const W4A16GemmParams&);
   void (*dequantize_int4)(const DequantizeInt4Params&);
   void (*hessian_update)(const HessianUpdateParams&);
+  bool (*hessian_factor)(const HessianFactorParams&);
   void (*obs_quantize)(const ObsQuantizeParams&);
 };
 
 #define LLMKERN_KERNELS(isa, supported) \
-  {#isa, supported, isa::w4a16_gemm, isa::dequantize_int4, isa::hessian_update, isa::obs_quantize}
+  {#isa,                supported,           isa::w4a16_gemm,  isa::dequantize_int4, \
+   isa::hessian_update, isa::hessian_factor, isa::obs_quantize}
 
 // Best first.
 const Kernels kKernels[] = {
@@ -123,6 +125,14 @@ PYBIND11_MODULE(_cpu, m) {
         active->hessian_update({pointer<float>(H), pointer<void>(x), T, K, alpha, DType(dtype)});
       },
       unlocked);
+  m.def(
+      "hessian_factor",
+      [](uintptr_t H, uintptr_t diagonal, uintptr_t order, uintptr_t U, uintptr_t d, int64_t K) {
+        return active->hessian_factor({pointer<float>(H), pointer<float>(diagonal),
+                                       pointer<int64_t>(order), pointer<float>(U),
+                                       pointer<float>(d), K});
+      },
+      "False if H is not positive definite.", unlocked);
   m.def(
       "obs_quantize",
       [](uintptr_t w, uintptr_t U, uintptr_t d, uintptr_t g_idx, uintptr_t codes, uintptr_t scales,

@@ -51,6 +51,17 @@ struct HessianUpdateParams {
   DType dtype;
 };
 
+// H, with its diagonal replaced, over the columns taken in `order`, as (U diag(d)) (U diag(d))ᵀ, U unit
+// upper triangular.
+struct HessianFactorParams {
+  const float* H;         // [K, K], strict lower triangle read
+  const float* diagonal;  // [K], in the original order
+  const int64_t* order;   // [K], the original column at each position; null: the natural order
+  float* U;               // [K, K], zero below the diagonal
+  float* d;               // [K]
+  int64_t K;
+};
+
 // The column loop of llmkern/reference/obs_quantize.py over a whole matrix.
 struct ObsQuantizeParams {
   const float* w;        // [N, K], columns in visiting order

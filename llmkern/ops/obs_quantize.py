@@ -138,9 +138,34 @@ def _launch_triton(*args: Any) -> None:
     run_blocks(partial(launch_block, **clip), *args)
 
 
+def _refuse_cpu(w: Tensor, *args: object) -> str | None:
+    return _backends.refuse_cpu(w.device.type)
+
+
+def _launch_cpu(
+    w: Tensor,
+    U: Tensor,
+    d: Tensor,
+    g_idx: Tensor,
+    dynamic: bool,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    clip_search: bool,
+    scale_dtype: torch.dtype,
+    *outputs: Tensor,
+) -> None:
+    module, _ = _backends.compiled_module("_cpu")
+    assert module is not None
+    addresses = [pointer(t) for t in (w, U, d, g_idx, *outputs)]
+    grid = (bits, dynamic, symmetric, clip_search, DTYPE_CODES[scale_dtype])
+    module.obs_quantize(*addresses, *w.shape, group_size, *grid)
+
+
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
+    Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 
