@@ -25,8 +25,13 @@ struct Kernels {
 };
 
 #define LLMKERN_KERNELS(isa, supported) \
-  {#isa,                supported,           isa::w4a16_gemm,  isa::dequantize_int4, \
-   isa::hessian_update, isa::hessian_factor, isa::obs_quantize}
+  {#isa,                                \
+   supported,                           \
+   isa::w4a16_gemm,                     \
+   isa::dequantize_int4,                \
+   isa::hessian_update,                 \
+   isa::hessian_factor,                 \
+   isa::obs_quantize}
 
 // Best first.
 const Kernels kKernels[] = {

@@ -51,8 +51,8 @@ struct HessianUpdateParams {
   DType dtype;
 };
 
-// H, with its diagonal replaced, over the columns taken in `order`, as (U diag(d)) (U diag(d))ᵀ, U unit
-// upper triangular.
+// H, with its diagonal replaced, over the columns taken in `order`, as (U diag(d)) (U diag(d))ᵀ, U
+// unit upper triangular.
 struct HessianFactorParams {
   const float* H;         // [K, K], strict lower triangle read
   const float* diagonal;  // [K], in the original order

@@ -4,9 +4,9 @@
 //   R[i, j] = (H[i, j] - sum_{k > j} R[i, k] R[j, k]) / R[j, j],  i < j
 //
 // K^3 / 3 flops, nearly all in update_tile. R is worked on as strips of kRows rows of its upper
-// triangle, K^2 / 2 numbers: both operands of the tiles are then read in place, and H, whose rows are
-// columns of the strips, is copied in without a transposition. A blocked left-looking order reads the
-// finished columns once per kBlock columns.
+// triangle, K^2 / 2 numbers: both operands of the tiles are then read in place, and H, whose rows
+// are columns of the strips, is copied in without a transposition. A blocked left-looking order
+// reads the finished columns once per kBlock columns.
 #include <cmath>
 #include <cstring>
 
@@ -24,8 +24,8 @@ constexpr int64_t kBlockStrips = 128 / kRows;
 // Strips that share one pass over the block's own rows.
 constexpr int64_t kTaskStrips = 8;
 
-// The upper triangle in strips: strip i holds columns [i * kRows, padded K), column by column. Beyond K
-// the matrix is continued by the identity.
+// The upper triangle in strips: strip i holds columns [i * kRows, padded K), column by column.
+// Beyond K the matrix is continued by the identity.
 struct Strips {
   float* data;
   int64_t count;
@@ -71,8 +71,7 @@ void subtract(const Strips& R, int64_t i0, int64_t i1, int64_t k0, int64_t k1, i
 }
 
 // x = column j of strip i, minus columns (j, to) that lie in the same block and are finished.
-inline void subtract_column(const Strips& R, int64_t i, int64_t j, int64_t to,
-                            Vec (&x)[kRowVecs]) {
+inline void subtract_column(const Strips& R, int64_t i, int64_t j, int64_t to, Vec (&x)[kRowVecs]) {
   const Vec* column = reinterpret_cast<const Vec*>(R.at(i, j));
   for (int v = 0; v < kRowVecs; ++v) x[v] = column[v];
   const float* pivot = R.at(j / kRows, j) + j % kRows;

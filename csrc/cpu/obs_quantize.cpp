@@ -1,8 +1,8 @@
 // The column loop of llmkern/reference/obs_quantize.py over a whole matrix.
 //
-// Rows are independent, so a thread takes a panel of rows and needs no one else. It walks the columns
-// left to right, left-looking: before a block is quantized it collects what all earlier errors push
-// onto it,
+// Rows are independent, so a thread takes a panel of rows and needs no one else. It walks the
+// columns left to right, left-looking: before a block is quantized it collects what all earlier
+// errors push onto it,
 //
 //   c[n, j] = w[n, j] + sum_{k < j} e[n, k] * U[k, j]
 //
@@ -61,7 +61,7 @@ struct Panel {
   float* updated;  // [strips][outer][kRows]: c above, of the current outer block
   float* scales;   // [strips][groups][kRows]
   float* zeros;    // likewise
-  float* tiles;    // U packed: [tiles][chunk][kCols]
+  float* tiles;    // U packed: [tiles][rows of U][kCols]
   double* loss;    // [strips][kRows]
 
   int64_t groups() const { return p.K / p.group_size; }
@@ -88,8 +88,8 @@ void store_strip(const float* strip, int64_t stride, int64_t rows, int64_t cols,
   }
 }
 
-// Packs U[k0:k1, from:to) into tiles [k1 - k0][kCols], missing columns zero; a few rows at a time, which
-// bounds the pages in use.
+// Packs U[k0:k1, from:to) into tiles [k1 - k0][kCols], missing columns zero; a few rows at a time,
+// which bounds the pages in use.
 void pack(const Panel& a, int64_t k0, int64_t k1, int64_t from, int64_t to) {
   for (int64_t rows = k0; rows < k1; rows += 16) {
     const int64_t rows_end = min_of(rows + 16, k1);
@@ -109,7 +109,8 @@ void pack(const Panel& a, int64_t k0, int64_t k1, int64_t from, int64_t to) {
   }
 }
 
-// One tile's update; a narrow tile goes through a copy, because the columns beside it are not its own.
+// One tile's update; a narrow tile goes through a copy, because the columns beside it are not its
+// own.
 void push(int64_t k, const float* e, const float* u, int64_t cols, float* c) {
   if (cols == kCols) {
     update_tile<1>(k, e, u, kCols, c);
@@ -272,12 +273,13 @@ void obs_quantize(const ObsQuantizeParams& p) {
   const int64_t strips = min_of(kPanelStrips, ceil_div(all, threads));
   const int64_t panels = ceil_div(all, strips);
   threads = min_of(threads, panels);
-  // Tiles of at most kOuter columns plus one sub-block are packed at a time.
+  // At most kOuter columns and a sub-block, and the inner block's own rows, are packed at a time.
   const int64_t width = min_of(p.K, kOuter + cuts.inner);
   const int64_t tiles = ceil_div(width, min_of(cuts.sub, kCols)) + ceil_div(width, cuts.sub);
   const int64_t groups = p.K / p.group_size;
-  const int64_t errors = padded(strips * p.K * kRows), updated = padded(strips * cuts.outer * kRows);
-  const int64_t grids = padded(strips * groups * kRows), packed = padded(tiles * kChunk * kCols);
+  const int64_t errors = padded(strips * p.K * kRows),
+                updated = padded(strips * cuts.outer * kRows);
+  const int64_t grids = padded(strips * groups * kRows), packed = padded(tiles * kInner * kCols);
   const int64_t losses = padded(2 * strips * kRows);
   const int64_t each = errors + updated + 2 * grids + packed + losses;
   Scratch scratch(threads * each);
@@ -288,8 +290,14 @@ void obs_quantize(const ObsQuantizeParams& p) {
     thread = omp_get_thread_num();
 #endif
     float* at = scratch.data() + thread * each;
-    Panel panel{p, cuts, i * strips * kRows, min_of(strips, all - i * strips), at, at + errors,
-                at + errors + updated, at + errors + updated + grids,
+    Panel panel{p,
+                cuts,
+                i * strips * kRows,
+                min_of(strips, all - i * strips),
+                at,
+                at + errors,
+                at + errors + updated,
+                at + errors + updated + grids,
                 at + errors + updated + 2 * grids,
                 reinterpret_cast<double*>(at + each - losses)};
     quantize_panel(panel);

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkern import _backends
+from llmkern.ops._library import pointer
+
 # A failed factorization is tried again with more damping, then with a floor under the diagonal, then
 # in float64; only then is the Hessian given up.
 _DAMP_TRIES = 4
 _DAMP_STEP = 0.01
 _DIAGONAL_FLOOR = 1e-4
+_NOT_FINITE = "H: got NaN or Inf, expected finite numbers"
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,13 @@ def factorize_hessian(H: Tensor, *, damp: float = 0.01, act_order: bool = False)
     diagonal = torch.where(dead, torch.full_like(H.diagonal(), scale), H.diagonal())
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     for dtype, extra, floor in _ladder(damp):
-        L = _reversed_lower(H, diagonal + extra * scale, order, dtype, floor * scale)
-        L, info = torch.linalg.cholesky_ex(L)
-        if int(info) == 0:
-            d = L.diagonal().flip(0)
-            if bool(torch.isfinite(d).all()) and bool((d > 0).all()):
-                return _finish(L, order, dead, extra)
+        damped = (diagonal + extra * scale).clamp(min=floor * scale)
+        factor = _factor(H, damped, order, dtype)
+        if factor is not None:
+            return HessianFactor(*factor, order, dead, extra, factored=True)
+    # A NaN or Inf beside the diagonal makes every try fail, so only a failure pays for looking.
+    if not _lower_triangle_is_finite(H):
+        raise ValueError(_NOT_FINITE)
     d = (diagonal if order is None else diagonal[order]).sqrt().float()
     eye = torch.eye(len(d), dtype=torch.float32, device=H.device)
     return HessianFactor(eye, d, order, dead, damp, factored=False)
@@ -81,9 +86,8 @@ def _check(H: Tensor, damp: float) -> None:
         )
     if not 0 <= damp < 1:
         raise ValueError(f"damp: got {damp}, expected a fraction in [0, 1)")
-    # A NaN or Inf anywhere in the lower triangle shows in its sum; no copy of H is made for the test.
-    if not bool(torch.isfinite(H.diagonal()).all()) or not bool(torch.isfinite(H.tril().sum())):
-        raise ValueError("H: got NaN or Inf, expected finite numbers")
+    if not bool(torch.isfinite(H.diagonal()).all()):
+        raise ValueError(_NOT_FINITE)
     if bool((H.diagonal() < 0).any()):
         raise ValueError("H: got a negative diagonal entry, expected 2/n XᵀX")
 
@@ -97,26 +101,51 @@ def _ladder(damp: float) -> list[tuple[torch.dtype, float, float]]:
     return tries
 
 
-def _reversed_lower(
-    H: Tensor, diagonal: Tensor, order: Tensor | None, dtype: torch.dtype, floor: float
-) -> Tensor:
-    """Damped H with its columns in reversed `order`, its lower triangle filled; a new matrix."""
+def _lower_triangle_is_finite(H: Tensor) -> bool:
+    chunk = 256
+    return all(
+        bool(torch.isfinite(H[row : row + chunk].tril(row)).all())
+        for row in range(0, len(H), chunk)
+    )
+
+
+def _factor(
+    H: Tensor, diagonal: Tensor, order: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """(U, d) of H with its diagonal replaced, or None if that is not positive definite."""
+    on_cpu = (_backends.forced_backend() or "cpu") == "cpu" and dtype == torch.float32
+    if on_cpu and _backends.refuse_cpu(H.device.type) is None:
+        return _factor_cpu(H, diagonal, order)
+    return _factor_torch(H, diagonal, order, dtype)
+
+
+def _factor_cpu(H: Tensor, diagonal: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The compiled kernel; besides U it needs half a K x K matrix."""
+    module, _ = _backends.compiled_module("_cpu")
+    assert module is not None
+    H, diagonal = H.float().contiguous(), diagonal.float().contiguous()
+    U, d = torch.empty_like(H), torch.empty_like(diagonal)
+    arguments = [pointer(t) for t in (H, diagonal, order, U, d)]
+    return (U, d) if module.hessian_factor(*arguments, len(H)) else None
+
+
+def _factor_torch(
+    H: Tensor, diagonal: Tensor, order: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """torch's Cholesky of H with both axes reversed, reversed back; two K x K matrices besides H."""
     if order is None:
         # Reversing turns the lower triangle, the one that is filled, into the upper one.
-        out = H.to(dtype).flip(0, 1).t()
+        L = H.to(dtype).flip(0, 1).t()
         diagonal = diagonal.flip(0)
     else:
-        full = H.to(dtype).tril()
-        full = full + full.tril(-1).t()
-        out = full[order.flip(0)][:, order.flip(0)]
+        L = H.to(dtype).tril(-1)
+        L = L + L.t()
+        L = L[order.flip(0)]
+        L = L[:, order.flip(0)]
         diagonal = diagonal[order].flip(0)
-    out.diagonal().copy_(diagonal.to(dtype).clamp(min=floor))
-    return out
-
-
-def _finish(L: Tensor, order: Tensor | None, dead: Tensor, damp: float) -> HessianFactor:
-    R = L.flip(0, 1)
-    d = R.diagonal().clone()
-    return HessianFactor(
-        R.div_(d).float().contiguous(), d.float().contiguous(), order, dead, damp, factored=True
-    )
+    L.diagonal().copy_(diagonal.to(dtype))
+    L, info = torch.linalg.cholesky_ex(L)
+    d = L.diagonal().flip(0)
+    if int(info) or not bool(torch.isfinite(d).all()) or not bool((d > 0).all()):
+        return None
+    return L.flip(0, 1).div_(d).float().contiguous(), d.float().contiguous()

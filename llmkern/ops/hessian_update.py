@@ -43,9 +43,20 @@ def _launch_triton(H: Tensor, x: Tensor, alpha: float) -> None:
     launch(H, x, alpha)
 
 
+def _refuse_cpu(H: Tensor, x: Tensor, alpha: float) -> str | None:
+    return _backends.refuse_cpu(H.device.type)
+
+
+def _launch_cpu(H: Tensor, x: Tensor, alpha: float) -> None:
+    module, _ = _backends.compiled_module("_cpu")
+    assert module is not None
+    module.hessian_update(pointer(H), pointer(x), *x.shape, alpha, DTYPE_CODES[x.dtype])
+
+
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
+    Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 

@@ -1,5 +1,5 @@
-// Min-max grids of weight groups, as llmkern/reference/obs_quantize.py defines them, for kRows rows at
-// a time.
+// Min-max grids of weight groups, as llmkern/reference/obs_quantize.py defines them, for kRows rows
+// at a time.
 #pragma once
 
 #include <cstring>

@@ -5,8 +5,8 @@
 //
 //   c[kCols][kRows] += sum_k  u[k][0..kCols) * e[k][kRows]
 //
-// kRows x kCols accumulators stay in registers. On AVX-512, 32 x 8 runs at 134 GFLOP/s per core of a
-// Sapphire Rapids Xeon on operands in cache; 48 x 8, 32 x 12 and 64 x 6 tiles at 115.
+// kRows x kCols accumulators stay in registers. On AVX-512, 32 x 8 runs at 134 GFLOP/s per core of
+// a Sapphire Rapids Xeon on operands in cache; 48 x 8, 32 x 12 and 64 x 6 tiles at 115.
 #pragma once
 
 #include <cstddef>
@@ -30,8 +30,10 @@ constexpr int kVecBytes = 16, kRowVecs = 3, kCols = 4;
 constexpr int kLanes = kVecBytes / int(sizeof(float));
 constexpr int kRows = kLanes * kRowVecs;
 
-// k-steps per pass over a strip: kChunk * kRows floats, 32 KB on AVX-512, stay in L1.
-constexpr int64_t kChunk = 256;
+// k-steps per pass over a strip. Its kChunk * kRows floats, 8 KB on AVX-512, and as much of the
+// other operand, whose columns lie kRows apart in some callers and then crowd into half the sets,
+// stay in L1 even when a sibling hyperthread uses the other half (256 steps: 5 to 20 % slower).
+constexpr int64_t kChunk = 64;
 
 typedef float Vec __attribute__((vector_size(kVecBytes), may_alias));
 
