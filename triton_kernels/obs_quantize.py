@@ -29,11 +29,11 @@ class Config:
 
 
 def select_config(N: int, num_sms: int = 132) -> Config:
-    """Rows per program, four to a warp: as many as still give every multiprocessor a program."""
+    """Rows per program: as many as still give every multiprocessor a program."""
     for block_n in (16, 8):
         if block_n * num_sms <= N:
-            return Config(block_n, block_n // 4)
-    return Config(4, 1)
+            return Config(block_n, 4)
+    return Config(4, 4)
 
 
 @triton.jit

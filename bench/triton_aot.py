@@ -1,0 +1,248 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and show what each configuration needs.
+
+python bench/triton_aot.py [--arch 80 --arch 90] [--json out.json]
+
+The kernels' own launch functions run, on tensors of real layer shapes, but what they launch is only
+compiled: so the table shows exactly what a GPU would run. The exit code is 1 if a kernel spills
+registers or needs more shared memory than the architecture has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+# The interpreter replaces the compiler; Triton reads this when it is first imported.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+import typer
+from llmkern.triton_kernels import dequantize_int4, hessian_update, obs_quantize, w4a16_gemm
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import llmkern.reference.obs_quantize as obs_reference
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may have
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel: its constants, and what the assembler gave it."""
+
+    case: str
+    arch: int
+    kernel: str
+    constants: dict[str, Any]
+    registers: int
+    stack_bytes: int  # where spilled registers go
+    shared_bytes: int
+    seconds: float
+
+    def problem(self) -> str | None:
+        if self.stack_bytes:
+            return f"{self.stack_bytes} bytes of stack: registers are spilled"
+        if self.shared_bytes > SHARED_LIMIT[self.arch]:
+            return f"{self.shared_bytes} bytes of shared memory, at most {SHARED_LIMIT[self.arch]}"
+        return None
+
+
+class CompileOnly:
+    """Stands in for Triton's GPU driver: has a target, but no device."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return f"sm_{self._target.arch}"  # a key of Triton's cache of compiled kernels
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(arch: int) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Within the block, launching a kernel compiles it for sm_<arch>.
+
+    Yields:
+        List of (compiled kernel, keyword arguments of the launch), which grows with each launch.
+    """
+    compiled: list[tuple[Any, dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((kernel, kwargs))
+        return kernel
+
+    JITFunction.run = compile_it
+    triton.runtime.driver.set_active(CompileOnly(arch))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def resources(kernel: Any) -> tuple[int, int]:
+    """Registers per thread and bytes of stack of a compiled kernel, as its machine code says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: got no resource usage in {text!r}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _weight(N: int, K: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups = K // group_size
+    qweight = torch.empty(N, K // 8, dtype=torch.int32)
+    return (
+        qweight,
+        torch.empty(N, groups, dtype=BF16),
+        torch.empty(-(-N // 8), groups, dtype=torch.int32),
+    )
+
+
+def _gemm(M: int, N: int, K: int, group_size: int, dtype: torch.dtype) -> None:
+    x, bias = torch.empty(M, K, dtype=dtype), torch.empty(N, dtype=dtype)
+    weight = _weight(N, K, group_size)
+    out = torch.empty(M, N, dtype=dtype)
+    w4a16_gemm.launch(x, *weight, bias, group_size, "canonical", out)
+
+
+def _dequantize(N: int, K: int, group_size: int, dtype: torch.dtype) -> None:
+    out = torch.empty(N, K, dtype=dtype)
+    dequantize_int4.launch(*_weight(N, K, group_size), group_size, "canonical", out)
+
+
+def _hessian(K: int, dtype: torch.dtype) -> None:
+    hessian_update.launch(torch.empty(K, K), torch.empty(8192, K, dtype=dtype), 0.1)
+
+
+def _obs(N: int, symmetric: bool, clip_search: bool, fit: bool) -> None:
+    K, group_size = 4096, 128
+    grid = torch.empty(N, K // group_size)
+    obs_quantize.launch_block(
+        torch.empty(N, K),
+        torch.empty(K, K),
+        torch.empty(K),
+        torch.empty(K, dtype=torch.int32),
+        *(fit, 4, group_size, symmetric, clip_search, BF16),
+        torch.empty(N, K, dtype=torch.uint8),
+        grid,
+        torch.empty_like(grid),
+        torch.empty(N, K),
+        torch.empty(N),
+        *(128, 256, fit, torch.empty(N, 128)),
+        clip_steps=obs_reference.CLIP_STEPS,
+        clip_min=obs_reference.CLIP_MIN,
+    )
+
+
+# Every tile that a select_config function can return, in shapes of Llama-3-8B's layers.
+CASES: dict[str, Callable[[], None]] = {
+    "w4a16 M=1": partial(_gemm, 1, 4096, 4096, 128, BF16),
+    "w4a16 M=1 float32": partial(_gemm, 1, 4096, 4096, 32, F32),
+    "w4a16 M=16": partial(_gemm, 16, 4096, 4096, 128, BF16),
+    "w4a16 M=16 g64": partial(_gemm, 16, 4096, 4096, 64, BF16),
+    "w4a16 M=16 g32": partial(_gemm, 16, 4096, 4096, 32, BF16),
+    "w4a16 M=32": partial(_gemm, 32, 4096, 4096, 128, BF16),
+    "w4a16 M=32 g64": partial(_gemm, 32, 4096, 4096, 64, BF16),
+    "w4a16 M=32 g32": partial(_gemm, 32, 4096, 4096, 32, BF16),
+    "w4a16 M=64": partial(_gemm, 64, 4096, 4096, 128, BF16),
+    "w4a16 M=64 g32 float16": partial(_gemm, 64, 4096, 4096, 32, F16),
+    "w4a16 M=128": partial(_gemm, 128, 4096, 4096, 128, BF16),
+    "w4a16 M=128 g32 float16": partial(_gemm, 128, 4096, 4096, 32, F16),
+    "w4a16 M=2048": partial(_gemm, 2048, 14336, 4096, 128, BF16),
+    "w4a16 M=2048 g32": partial(_gemm, 2048, 14336, 4096, 32, BF16),
+    "w4a16 M=2048 float32": partial(_gemm, 2048, 14336, 4096, 128, F32),
+    "dequantize g128": partial(_dequantize, 4096, 4096, 128, BF16),
+    "dequantize g64": partial(_dequantize, 4096, 4096, 64, F16),
+    "dequantize g32": partial(_dequantize, 4096, 4096, 32, F32),
+    "hessian": partial(_hessian, 4096, BF16),
+    "hessian small": partial(_hessian, 1024, F16),
+    "hessian float32": partial(_hessian, 4096, F32),
+    "obs dynamic clip": partial(_obs, 4096, False, True, True),
+    "obs dynamic clip, fewer rows": partial(_obs, 1536, False, True, True),
+    "obs dynamic clip, few rows": partial(_obs, 256, False, True, True),
+    "obs dynamic symmetric": partial(_obs, 4096, True, False, True),
+    "obs static": partial(_obs, 4096, False, False, False),
+}
+
+
+def compile_all(archs: list[int]) -> list[Row]:
+    rows = []
+    seen = set()
+    for arch in archs:
+        for case, launch in CASES.items():
+            with compile_only(arch) as compiled:
+                start = time.perf_counter()
+                launch()
+                seconds = time.perf_counter() - start
+            for kernel, kwargs in compiled:
+                if (arch, kernel.hash) in seen:
+                    continue
+                seen.add((arch, kernel.hash))
+                constants = {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool)}
+                registers, stack = resources(kernel)
+                shared = kernel.metadata.shared
+                name = kernel.metadata.name
+                rows.append(
+                    Row(case, arch, name, constants, registers, stack, shared, round(seconds, 2))
+                )
+    return rows
+
+
+def main(
+    arch: Annotated[list[int] | None, typer.Option(help="compute capability, e.g. 90")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
+) -> None:
+    archs = arch or sorted(SHARED_LIMIT)
+    if unknown := set(archs) - set(SHARED_LIMIT):
+        raise typer.BadParameter(f"got {sorted(unknown)}, expected some of {sorted(SHARED_LIMIT)}")
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache  # compile here and now, and leave nothing behind
+        rows = compile_all(archs)
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    table = Table(title=f"Triton {triton.__version__}, ahead of time")
+    for title in ("case", "arch", "kernel", "tile", "registers", "stack", "shared", "problem"):
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        tile = " ".join(
+            f"{k.removeprefix('BLOCK_')}={v}"
+            for k, v in row.constants.items()
+            if k.startswith("BLOCK_") or k == "num_warps"
+        )
+        numbers = map(str, (row.registers, row.stack_bytes, row.shared_bytes))
+        table.add_row(row.case, f"sm_{row.arch}", row.kernel, tile, *numbers, row.problem() or "")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if any(row.problem() for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

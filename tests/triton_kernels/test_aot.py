@@ -1,0 +1,98 @@
+"""Every tile of every Triton kernel, compiled for sm_80 and sm_90 without a GPU (bench/triton_aot.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmkern.triton_kernels import dequantize_int4, hessian_update, obs_quantize, w4a16_gemm
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = (80, 90)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes per block, CUDA C++ Programming Guide
+GROUP_SIZES = (32, 64, 96, 128, 4096)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the tool wrote, in processes of its own: Triton interprets in this one."""
+    folder = tmp_path_factory.mktemp("aot")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    tool = ROOT / "bench" / "triton_aot.py"
+    files = [folder / f"{arch}.json" for arch in ARCHS]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, tool, "--arch", str(arch), "--json", file],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for arch, file in zip(ARCHS, files, strict=True)
+    ]
+    outputs = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(outputs)
+    return [row for file in files for row in json.loads(file.read_text())]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_spills_and_shared_memory_fits(rows: list[dict[str, Any]], arch: int) -> None:
+    mine = [row for row in rows if row["arch"] == arch]
+    assert mine
+    for row in mine:
+        assert row["stack_bytes"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+        assert row["shared_bytes"] <= SHARED_LIMIT[arch], row
+
+
+def compiled(rows: list[dict[str, Any]], kernel: str, arch: int, *names: str) -> set[Any]:
+    """The constants `names` of every compiled variant of a kernel."""
+    return {
+        tuple(row["constants"][name] for name in names)
+        for row in rows
+        if row["kernel"] == kernel and row["arch"] == arch
+    }
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_of_w4a16_gemm_is_compiled(rows: list[dict[str, Any]], arch: int) -> None:
+    wanted: dict[str, set[Any]] = {"gemv": set(), "tile": set()}
+    for M in (*range(1, 66), 128, 200, 1000, 4096):
+        for N in (8, 1024, 4096, 14336, 128256):
+            for group_size in GROUP_SIZES:
+                for float32 in (False, True):
+                    c = w4a16_gemm.select_config(M, N, 4096, group_size, float32)
+                    tile = (c.BLOCK_M, c.BLOCK_N, c.BLOCK_K, c.EXACT, c.num_warps, c.num_stages)
+                    wanted[c.kernel].add(tile)
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "EXACT", "num_warps", "NUM_STAGES")
+    for kernel, tiles in wanted.items():
+        assert compiled(rows, f"w4a16_gemm_{kernel}_kernel", arch, *names) == tiles
+    assert compiled(rows, "w4a16_gemm_reduce_kernel", arch, "BLOCK")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_of_the_other_kernels_is_compiled(rows: list[dict[str, Any]], arch: int) -> None:
+    configs = [dequantize_int4.select_config(4096, 4096, g) for g in GROUP_SIZES]
+    tiles = {(c.BLOCK_N, c.BLOCK_K, c.num_warps) for c in configs}
+    names = ("BLOCK_N", "BLOCK_K", "num_warps")
+    assert compiled(rows, "dequantize_int4_kernel", arch, *names) == tiles
+
+    updates = [
+        hessian_update.select_config(K, float32)
+        for K in (64, 1024, 4096, 28672)
+        for float32 in (False, True)
+    ]
+    tiles = {(c.BLOCK_K, c.BLOCK_T, c.num_warps) for c in updates}
+    names = ("BLOCK_K", "BLOCK_T", "num_warps")
+    assert compiled(rows, "hessian_update_kernel", arch, *names) == tiles
+
+    blocks = [obs_quantize.select_config(N) for N in (1, 1000, 2000, 4096, 28672)]
+    assert compiled(rows, "obs_quantize_kernel", arch, "BLOCK_N", "num_warps") == {
+        (c.BLOCK_N, c.num_warps) for c in blocks
+    }
+    assert compiled(rows, "obs_quantize_kernel", arch, "FIT") == {(True,), (False,)}
