@@ -90,10 +90,8 @@ void split(const W4A16GemmParams& p, int64_t m0, const Digits& digits, int64_t m
     top = magnitude > top ? magnitude : top;
   }
   const bool finite = top < 0x7f800000;
-  // Numbers so small that the factor would overflow are cut off at 2^-126.
-  int32_t exponent = int32_t(top >> 23) - 127;
-  if (exponent < -96) exponent = -96;
-  int32_t shift = 8 * D - 2 - exponent;
+  // What is below 2^-126, the smallest normal float, is cut off: the factor would overflow.
+  int32_t shift = int32_t(smaller(8 * D - 2 + 127 - int32_t(top >> 23), 126));
   if (finite && bits_float(top) * bits_float(uint32_t(shift + 127) << 23) > kLargest<D>) --shift;
   const float factor = finite ? bits_float(uint32_t(shift + 127) << 23) : 0;
   digits.scales[m * digits.chunks + c] =
