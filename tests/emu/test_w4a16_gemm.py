@@ -19,6 +19,7 @@ CASES = {
     "m3_row_tail": (3, 8, 64, 32, False, torch.float32),
     "m8_one_column": (8, 1, 64, 64, True, torch.float32),
     "m9_first_of_the_tiles": (9, 65, 64, 32, False, torch.float16),
+    "m33_long_k": (33, 20, 2048, 128, True, torch.float32),
     "m130_three_row_tiles": (130, 70, 96, 96, True, torch.bfloat16),
 }
 

@@ -21,9 +21,11 @@ __device__ __forceinline__ int tile_column(int tid, int j) {
   return tid % kTileStep + j * kTileStep;
 }
 
-// acc[i][j] += sum_k a[k][tile_row(i)] * b[k][tile_column(j)]
+// acc[i][j] += sum_k a[k][tile_row(i)] * b[k][tile_column(j)], the sum over k finished first: over
+// a long K that loses far less than one running sum, for 16 additions in 512 multiply-adds.
 __device__ __forceinline__ void accumulate_tile(const Tile& a, const Tile& b, int tid,
                                                 float (&acc)[kMicro][kMicro]) {
+  float sum[kMicro][kMicro] = {};
 #pragma unroll 8
   for (int k = 0; k < BLOCK_K; k++) {
     float row[kMicro], column[kMicro];
@@ -35,8 +37,12 @@ __device__ __forceinline__ void accumulate_tile(const Tile& a, const Tile& b, in
 #pragma unroll
     for (int i = 0; i < kMicro; i++)
 #pragma unroll
-      for (int j = 0; j < kMicro; j++) acc[i][j] += row[i] * column[j];
+      for (int j = 0; j < kMicro; j++) sum[i][j] += row[i] * column[j];
   }
+#pragma unroll
+  for (int i = 0; i < kMicro; i++)
+#pragma unroll
+    for (int j = 0; j < kMicro; j++) acc[i][j] += sum[i][j];
 }
 
 }  // namespace llmkern::cuda
