@@ -1,0 +1,168 @@
+"""The CUDA and Triton backends on a CUDA device, against float64."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmkern import ops, use_backend
+from llmkern.formats.int4 import QuantFormat
+from llmkern.reference import hessian_update as hessian_spec
+from llmkern.reference import w4a16_gemm as gemm_spec
+from llmkern.testing import assert_matches, random_int4_weight
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+def weight(N, K, group_size, device=DEVICE, **options):
+    parts = random_int4_weight(N, K, group_size, **options)
+    return tuple(None if t is None else t.to(device) for t in parts)
+
+
+# M, N, K, group size, symmetric, scale dtype
+GEMM_CASES = {
+    "m1": (1, 4096, 4096, 128, True, torch.bfloat16),
+    "m1_n_odd": (1, 257, 96, 32, False, torch.float32),
+    "m2_zeros": (2, 130, 1056, 96, False, torch.float16),
+    "m5": (5, 96, 512, 64, True, torch.float16),
+    "m8": (8, 1, 256, 256, False, torch.float32),
+    "m9": (9, 65, 512, 128, False, torch.bfloat16),
+    "m33": (33, 1024, 1024, 128, True, torch.float32),
+    "m200_tails_everywhere": (200, 333, 352, 32, False, torch.bfloat16),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("case", GEMM_CASES.values(), ids=GEMM_CASES)
+def test_w4a16_gemm(case, dtype, backend):
+    M, N, K, group_size, symmetric, scale_dtype = case
+    parts = weight(N, K, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    x = torch.randn(M, K, device=DEVICE).to(dtype)
+    bias = torch.randn(N, device=DEVICE).to(dtype)
+    out = ops.w4a16_gemm(x, *parts, bias, group_size=group_size)
+    want = gemm_spec.w4a16_gemm(x.double(), *parts, bias, group_size)
+    w = gemm_spec.dequantize_int4(*parts, group_size, dtype)
+    assert_matches(out, want, F.linear(x, w, bias))
+    again = ops.w4a16_gemm(x, *parts, bias, group_size=group_size)
+    assert torch.equal(out, again), "two runs differ"
+
+
+def test_rows_of_x_lie_apart(backend):
+    parts = weight(64, 96, 32)
+    x = torch.randn(7, 101, device=DEVICE)[:, :96]
+    out = ops.w4a16_gemm(x, *parts, group_size=32)
+    assert torch.equal(out, ops.w4a16_gemm(x.contiguous(), *parts, group_size=32))
+
+
+@dtypes
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zeros"])
+def test_dequantize_int4(symmetric, dtype, backend):
+    parts = weight(333, 2080, 160, symmetric=symmetric, scale_dtype=torch.bfloat16)
+    out = ops.dequantize_int4(*parts, group_size=160, dtype=dtype)
+    assert torch.equal(out, gemm_spec.dequantize_int4(*parts, 160, dtype))
+
+
+@dtypes
+@pytest.mark.parametrize(("T", "K"), [(1, 40), (1000, 67), (700, 512)], ids=str)
+def test_hessian_update(T, K, dtype, backend):
+    x = (torch.randn(T, K, device=DEVICE) + 0.5).to(dtype)
+    H = torch.randn(K, K, device=DEVICE)
+    want, like, before = H.double(), H.clone(), H.clone()
+    ops.hessian_update(H, x, 2 / T)
+    hessian_spec.hessian_update(want, x, 2 / T)
+    hessian_spec.hessian_update(like, x, 2 / T)
+    assert_matches(H, want, like)
+    assert torch.equal(H.triu(1), before.triu(1)), "the upper triangle was touched"
+
+
+# format, options
+OBS_CASES = {
+    "dynamic": (QuantFormat(4, 64), {}),
+    "dynamic_zeros_clip_search": (QuantFormat(3, 32, False), {"clip_search": True}),
+    "static_act_order": (QuantFormat(4, 32, False), {"group_scales": "static", "act_order": True}),
+    "per_channel": (QuantFormat(8, None, False), {}),
+}
+
+
+@pytest.mark.parametrize("case", OBS_CASES.values(), ids=OBS_CASES)
+def test_obs_quantize(case, backend):
+    fmt, options = case
+    N, K = 200, 320
+    w = torch.randn(N, K, device=DEVICE)
+    x = torch.randn(700, K, device=DEVICE) @ (
+        torch.eye(K, device=DEVICE) + 0.3 * torch.randn(K, K, device=DEVICE) / K**0.5
+    )
+    factor = ops.factorize_hessian(2 / 700 * x.t() @ x, act_order=bool(options.get("act_order")))
+    options = {key: value for key, value in options.items() if key != "act_order"}
+    result = ops.obs_quantize(w, factor, fmt, **options)
+    with use_backend("reference"):
+        want = ops.obs_quantize(w, factor, fmt, **options)
+    # Sums in another order turn an occasional near tie, and then what follows in that row.
+    assert (result.codes == want.codes).all(1).float().mean() > 0.9
+    torch.testing.assert_close(result.loss.sum(), want.loss.sum(), rtol=1e-3, atol=0)
+    zeros = 1 << (fmt.bits - 1) if result.zeros is None else result.zeros.float()[..., None]
+    codes = result.codes.view(N, -1, fmt.groups(K)).float()
+    assert torch.equal(result.w_hat, (result.scales[..., None] * (codes - zeros)).view(N, K))
+
+
+def test_kernels_run_on_the_callers_stream(backend):
+    parts = weight(64, 128, 32)
+    target = torch.randn(4, 128, device=DEVICE)
+    x = torch.zeros_like(target)
+    want = ops.w4a16_gemm(target, *parts, group_size=32)
+    stream = torch.cuda.Stream(DEVICE)
+    stream.wait_stream(torch.cuda.current_stream(DEVICE))
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # the default stream would read x before it is written
+        x.copy_(target)
+        out = ops.w4a16_gemm(x, *parts, group_size=32)
+    stream.synchronize()
+    assert torch.equal(out, want)
+
+
+def test_a_device_that_is_not_current(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    other = torch.device("cuda", 1)
+    parts = weight(64, 128, 32)
+    x = torch.randn(4, 128, device=DEVICE)
+    want = ops.w4a16_gemm(x, *parts, group_size=32)
+    moved = tuple(None if t is None else t.to(other) for t in parts)
+    out = ops.w4a16_gemm(x.to(other), *moved, group_size=32)
+    assert out.device == other
+    assert torch.equal(out.to(DEVICE), want)
+    assert torch.cuda.current_device() == DEVICE.index
+
+
+def test_cuda_graph_capture(backend):
+    parts = weight(64, 128, 32)
+    x = torch.randn(4, 128, device=DEVICE)
+
+    def step():
+        return (
+            ops.w4a16_gemm(x, *parts, group_size=32),
+            ops.dequantize_int4(*parts, group_size=32),
+        )
+
+    step()  # compiles what is compiled at first use
+    torch.cuda.synchronize(DEVICE)
+    gc.collect()  # nothing may free device memory during the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    for out, want in zip(captured, step(), strict=True):
+        assert torch.equal(out, want)
