@@ -235,9 +235,11 @@ def demo(
 def _open(model_dir: str, dtype: str | None, device: str | None) -> Any:
     """The model in `model_dir`, dense or compressed, on the device asked for."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     import llmkern
 
+    disable_progress_bar()  # the command shows its own
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(kinds)}")

@@ -9,9 +9,9 @@ from typing import Any
 
 import matplotlib
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 import llmkern
 from llmkern import assets, env
@@ -32,7 +32,8 @@ def run(output: Path, console: Console) -> None:
         output: directory for the compressed models; one folder each, replaced on every run.
         console: where to print.
     """
-    tokenizer = AutoTokenizer.from_pretrained(assets.bundled_model_dir())
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.bundled_model_dir())
     ids = tokenizer(
         assets.evaluation_text().read_text(encoding="utf-8"), return_tensors="pt"
     ).input_ids
