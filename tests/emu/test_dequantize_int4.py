@@ -32,6 +32,11 @@ def test_bits(case, dtype, both_orders, guarded):
     assert torch.equal(out, spec(qweight, scales, zeros, group_size, dtype))
 
 
+def test_no_rows_launch_nothing(emulator):
+    qweight, scales = torch.empty(0, 8, dtype=torch.int32), torch.empty(0, 2)
+    assert ops.dequantize_int4(qweight, scales, group_size=32).shape == (0, 64)
+
+
 def test_other_layouts_are_refused(emulator):
     scales = torch.rand(2, 64)
     qweight = torch.zeros(1, 64 * 32, dtype=torch.uint8)

@@ -26,6 +26,7 @@ inline void check(cudaError_t status, const char* what) {
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t ctas, int threads, void* stream,
             const Args&... args) {
+  if (ctas == 0) return;
   if (ctas > INT32_MAX)
     throw std::runtime_error(std::string(name) + ": too many CTAs for one launch");
   cudaLaunchConfig_t config = {};
