@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern import _backends
 from llmkern.formats.int4 import QuantFormat, pack_codes, pack_zeros
+from llmkern.formats.int4_cpu import from_cpu_layout, to_cpu_layout
 from llmkern.formats.int4_widen import (
     is_wide,
     narrow,
@@ -330,14 +332,17 @@ class Int4Linear(nn.Linear):
 
     def _repack(self) -> str:
         """Bring the weight into the layout of the kernel that serves its device, once; the layout."""
-        if self._layout is None and self._wants_repack():
+        wanted = self._wanted_layout() if self._layout is None else None
+        if wanted is not None:
             # Repacked tensors outlive this call: a first pass under inference_mode must not leave
             # tensors behind that a later training pass cannot save.
             with _repacking, torch.inference_mode(False), torch.no_grad():
                 if self._layout is None:
                     operands = self._operands()
+                    if wanted == "cpu":
+                        operands = to_cpu_layout(*operands, padded_group_size(self.group_size))
                     self._buffers.update(zip(_KERNEL_BUFFERS, operands, strict=True))
-                    self._layout = "canonical"
+                    self._layout = wanted
                     self._buffers.update(dict.fromkeys(_FILE_BUFFERS[:3]))
         return self._layout or "canonical"
 
@@ -345,11 +350,16 @@ class Int4Linear(nn.Linear):
     # torch.compiler.assume_constant_result does, which would import all of Dynamo with llmkern.
     _repack._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def _wants_repack(self) -> bool:
+    def _wanted_layout(self) -> str | None:
+        """The layout to repack into, or None where the file's tensors serve as they are."""
+        packed = self.weight_packed
         # Neither a tensor without data nor a tracer's stand-in may be repacked for good.
-        if type(self.weight_packed) is not Tensor or self.weight_packed.is_meta:
-            return False
-        return not is_wide(self.bits, self.group_size)
+        if type(packed) not in (Tensor, nn.Parameter) or packed.is_meta:
+            return None
+        chosen = _backends.forced_backend() in (None, "cpu")
+        if chosen and _backends.refuse_cpu(packed.device.type) is None:
+            return "cpu"
+        return None if is_wide(self.bits, self.group_size) else "canonical"
 
     def _file_tensors(self) -> dict[str, Tensor | None]:
         """The canonical weight tensors, made anew where a kernel layout has replaced them."""
@@ -357,6 +367,9 @@ class Int4Linear(nn.Linear):
             return {name: self._buffers[name] for name in _FILE_BUFFERS}
         with torch.inference_mode(False), torch.no_grad():
             qweight, scales, zeros = self._operands()
+            if self._layout == "cpu":
+                padded = padded_group_size(self.group_size)
+                qweight, scales, zeros = from_cpu_layout(qweight, scales, zeros, padded)
             if not is_wide(self.bits, self.group_size):
                 qweight, zeros = narrow(qweight, zeros, self.bits, self.group_size, self._shape)
         return dict(zip(_FILE_BUFFERS, (qweight, scales, zeros, self.weight_shape), strict=True))

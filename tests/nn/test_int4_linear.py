@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from llmkern import use_backend
+from llmkern._backends import compiled_module
 from llmkern.formats.int4 import QuantFormat
 from llmkern.nn import Int4Linear
 from llmkern.testing import assert_matches
@@ -183,12 +185,25 @@ def test_conversions_keep_codes_and_scales():
         assert torch.equal(after[name], before[name]), name
 
 
-def test_repacked_weight_is_the_only_copy():
-    layer = make(CASES["three_bits_zero_points"])
-    layer(torch.randn(1, 96))
-    held = [name for name, _ in layer.named_buffers()]
-    assert "weight_packed" not in held
-    assert sum(t.nbytes for t in layer.buffers()) < N * 96 // 2 + 4096
+@case
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_each_backend_has_its_layout_and_no_second_copy(shape, backend):
+    if backend == "cpu":
+        assert compiled_module("_cpu")[0], "the compiled CPU kernels are missing"
+    codes, scales, zeros, w = parts(*shape, rows=64)
+    layer = Int4Linear.from_parts(codes, scales, zeros, bits=shape[0], group_size=shape[2])
+    before = snapshot(layer)
+    x = torch.randn(3, shape[1])
+    with use_backend(backend):
+        y = layer(x)
+    assert_matches(y, x.double() @ w.T, x @ w.float().T)
+    if backend == "cpu":
+        assert "layout=cpu" in repr(layer)
+        assert "weight_packed" not in dict(layer.named_buffers())
+    groups = shape[1] // (shape[2] or shape[1])
+    padded = groups * (-(-shape[1] // groups // 32) * 32)
+    assert sum(t.nbytes for t in layer.buffers()) <= 64 * (padded // 2 + groups * 5) + 16
+    assert_same_tensors(layer.state_dict(), before)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
