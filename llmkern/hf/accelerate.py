@@ -52,8 +52,15 @@ def accelerate(model: Model) -> Model:
             left[name] = str(error).removeprefix(f"{name}: ")
     if packed:
         left |= find_expert_matrices(model)
-    if not any(name in quantized for name in left):
+    hook = getattr(model, "ct_decompress_hook", None)
+    if hook is not None:
+        hook.remove()
+        del model.ct_decompress_hook
+    rest = [name for name in left if name in quantized]
+    if not rest:
         _release(model)
+    elif hook is not None:
+        _expand_at_first_pass(model, rest)
     warn_dense("accelerate", left)
     return model
 
@@ -101,12 +108,21 @@ def _take_over(module: nn.Module, name: str) -> Int4Linear:
     return layer
 
 
+def _expand_at_first_pass(model: nn.Module, names: list[str]) -> None:
+    """compressed-tensors' own hook, for some modules only: it would wrap the tensors of all others."""
+    from compressed_tensors.compressors import decompress_module
+
+    def expand(model: nn.Module, args: tuple[Any, ...]) -> None:
+        for name in names:
+            module = model.get_submodule(name)
+            if "weight" not in module._parameters:
+                decompress_module(module)
+
+    model.register_forward_pre_hook(expand)
+
+
 def _release(model: nn.Module) -> None:
-    """Make the model one of ours: transformers' hook and quantizer have nothing left to do."""
-    hook = getattr(model, "ct_decompress_hook", None)
-    if hook is not None:
-        hook.remove()
-        del model.ct_decompress_hook
+    """Make the model one of ours: transformers' quantizer has nothing left to do."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

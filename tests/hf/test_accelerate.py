@@ -93,13 +93,20 @@ def test_several_formats_in_one_model(llama, ct_directory, tokens, tmp_path):
     assert torch.equal(llmkern.load(tmp_path / "again")(tokens).logits, y)
 
 
-def test_other_bit_widths_are_listed_and_still_run(llama, ct_directory, tokens):
+def test_other_bit_widths_are_listed_and_still_run(llama, ct_directory, tokens, tmp_path):
     directory = ct_directory(llama(), {"re:.*down_proj": (8, 128, True), "Linear": (4, 32, True)})
     expanded = AutoModelForCausalLM.from_pretrained(directory)(tokens).logits
     model = AutoModelForCausalLM.from_pretrained(directory)
     with pytest.warns(UserWarning, match=r"2 modules stay dense:\n.*down_proj: num_bits: got 8"):
         llmkern.accelerate(model)
-    assert_same_logits(model(tokens).logits, expanded)
+    llmkern.save(model, tmp_path / "again")
+    saved, wanted = (load_file(d / "model.safetensors") for d in (tmp_path / "again", directory))
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+    for _ in range(2):
+        assert_same_logits(model(tokens).logits, expanded)
+    with pytest.raises(ValueError, match="down_proj: got a weight that its first forward pass"):
+        llmkern.save(model, tmp_path / "expanded")
     assert isinstance(model.model.layers[0].mlp.up_proj, Int4Linear)
     assert not isinstance(model.model.layers[0].mlp.down_proj, Int4Linear)
 
