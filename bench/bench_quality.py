@@ -19,6 +19,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmkern import evaluate, quantize
@@ -52,6 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main(
+    *,
     model_dir: Annotated[Path, typer.Option("--model")] = MODEL,
     calibration: Annotated[Path, typer.Option(help="text")] = CALIBRATION,
     text: Annotated[Path, typer.Option(help="text to evaluate on")] = EVALUATION,
@@ -72,31 +74,29 @@ def main(
         for name, (method, options) in VARIANTS.items():
             if only and not any(part in name for part in only):
                 continue
-            runs = []
-            for seed in range(1 if method == "rtn" else seeds):
-                model = copy.deepcopy(reference)
-                report = quantize(
-                    model,
-                    method,
-                    bits=width,
-                    calibration=calibration,
-                    tokenizer=tokenizer,
-                    samples=samples,
-                    seed=seed,
-                    **options,
-                )
-                result = evaluate(model, held_out, reference=reference, speed=False)
-                runs.append((result.kl, result.perplexity, result.top1_agreement, report.seconds))
+            settings = {"bits": width, "calibration": calibration, "samples": samples, **options}
+            runs = [
+                _measure(reference, held_out, method, tokenizer=tokenizer, seed=seed, **settings)
+                for seed in range(1 if method == "rtn" else seeds)
+            ]
             rows.append({"bits": width, "variant": name, "runs": runs})
             console.print(f"{width} bits, {name}: KL {statistics.mean(r[0] for r in runs):.5f}")
     original = evaluate(reference, held_out, speed=False).perplexity
     title = (
-        f"{Path(model_dir).name}: {held_out.numel()} held-out tokens, perplexity {original:.3f} before; "
+        f"{model_dir.name}: {held_out.numel()} held-out tokens, perplexity {original:.3f} before; "
         f"{samples} calibration windows of {held_out.shape[1]}"
     )
     console.print(_table(title, rows))
     if json_file is not None:
         json_file.write_text(json.dumps({"title": title, "rows": rows}, indent=1) + "\n")
+
+
+def _measure(reference: nn.Module, held_out: Tensor, method: str, **options: Any) -> list[float]:
+    """KL, perplexity, top-1 agreement and seconds of one quantization."""
+    model = copy.deepcopy(reference)
+    report = quantize(model, method, **options)
+    result = evaluate(model, held_out, reference=reference, speed=False)
+    return [result.kl, result.perplexity, result.top1_agreement, report.seconds]
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -20,8 +20,7 @@ from llmkern.formats.int4_widen import (
     widen,
 )
 from llmkern.nn._packed_weight import PackedWeight
-from llmkern.ops import dequantize_int4, quantize_grid, w4a16_gemm
-from llmkern.reference.obs_quantize import quantize_to_grid
+from llmkern.ops import dequantize_int4, round_to_nearest, w4a16_gemm
 
 BITS = (2, 3, 4)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -142,14 +141,11 @@ class Int4Linear(nn.Linear):
         """
         w = dense_weight(linear)
         format = QuantFormat(bits, group_size, symmetric)
-        scale_dtype = scale_dtype or w.dtype
-        scales, zeros = quantize_grid(w, format, clip_search=clip_search, scale_dtype=scale_dtype)
-        groups = w.float().view(*scales.shape, -1)
-        codes = quantize_to_grid(groups, scales[..., None], zeros[..., None], (1 << bits) - 1)
+        rounded = round_to_nearest(w, format, clip_search=clip_search, scale_dtype=scale_dtype)
         layer = cls.from_parts(
-            codes.to(torch.uint8).view(w.shape),
-            scales.to(scale_dtype),
-            None if symmetric else zeros.to(torch.uint8),
+            rounded.codes,
+            rounded.scales,
+            rounded.zeros,
             getattr(linear, "bias", None),
             bits=bits,
             group_size=group_size,

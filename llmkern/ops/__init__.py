@@ -1,6 +1,7 @@
 """The kernels as torch ops: public functions with checked arguments, one file per op."""
 
 from llmkern.ops._hessian_factor import HessianFactor, factorize_hessian
+from llmkern.ops._rounding import round_to_nearest
 from llmkern.ops.dequantize_int4 import dequantize_int4
 from llmkern.ops.hessian_update import hessian_update
 from llmkern.ops.obs_quantize import ObsResult, obs_quantize, quantize_grid
@@ -17,5 +18,6 @@ __all__ = [
     "hessian_update",
     "obs_quantize",
     "quantize_grid",
+    "round_to_nearest",
     "w4a16_gemm",
 ]
