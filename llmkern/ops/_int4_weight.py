@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern.formats.int4_cpu import from_cpu_layout
-from llmkern.ops._library import FLOATS, expect
+from llmkern.ops._library import FLOATS, describe, expect
 
 LAYOUTS = ("canonical", "cpu")
 
@@ -45,29 +45,23 @@ def check_weight(
     else:
         shape, dtype = (-(-N // 64), K * 32), torch.uint8
         zeros_shape, zeros_dtype = (groups, N), torch.uint8
-    names = (("qweight", qweight, shape, dtype), ("zeros", zeros, zeros_shape, zeros_dtype))
-    for name, tensor, want, kind in names:
+    for name, tensor, want, kind in (
+        ("qweight", qweight, shape, dtype),
+        ("zeros", zeros, zeros_shape, zeros_dtype),
+        ("scales", scales, scales.shape, scales.dtype),
+    ):
         if tensor is None:
             continue
-        expect(
-            tensor.dtype == kind and tuple(tensor.shape) == want,
-            op,
-            name,
-            tensor,
-            f"{str(kind).removeprefix('torch.')} {list(want)} (N = {N}, K = {K}, group_size = "
-            f"{group_size}, {layout} layout)",
-        )
-    for name, tensor in (("qweight", qweight), ("scales", scales), ("zeros", zeros)):
-        if tensor is None:
-            continue
+        # The messages cost more than the checks: they are written only for a tensor that fails.
+        if tensor.dtype != kind or tensor.shape != want:
+            raise ValueError(
+                f"{op}: {name}: got {describe(tensor)}, expected "
+                f"{str(kind).removeprefix('torch.')} {list(want)} (N = {N}, K = {K}, group_size = "
+                f"{group_size}, {layout} layout)"
+            )
         expect(tensor.is_contiguous(), op, name, tensor, "a contiguous tensor")
-        expect(
-            tensor.device == scales.device,
-            op,
-            name,
-            tensor,
-            f"the device of scales, {scales.device}",
-        )
+        if tensor.device != scales.device:
+            expect(False, op, name, tensor, f"the device of scales, {scales.device}")
 
 
 def refuse_cuda_weight(qweight: Tensor, layout: str) -> str | None:
