@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llmkern import ops, use_backend
 from llmkern.formats.int4 import QuantFormat
@@ -72,3 +74,23 @@ def test_rows_do_not_depend_on_their_neighbours(rows, emulator):
     part = ops.obs_quantize(w[:rows], H, QuantFormat(4, 32))
     assert torch.equal(part.codes, whole.codes[:rows])
     assert torch.equal(part.loss, whole.loss[:rows])
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_shape(data, emulator):
+    rows = data.draw(st.integers(1, 70), "N")
+    group_size = data.draw(st.integers(1, 150), "group_size")
+    columns = group_size * data.draw(st.integers(1, max(1, 200 // group_size)), "groups")
+    fmt = QuantFormat(data.draw(st.sampled_from([2, 3, 4, 8]), "bits"), group_size, False)
+    scales = data.draw(st.sampled_from(["static", "dynamic"]), "group_scales")
+    w, x = torch.randn(rows, columns), torch.randn(2 * columns, columns)
+    H = x.t() @ x / columns
+    result = ops.obs_quantize(w, H, fmt, group_scales=scales)
+    with use_backend("reference"):
+        want = ops.obs_quantize(w, H, fmt, group_scales=scales)
+    same = (result.codes == want.codes).all(1)
+    assert same.float().mean() > 0.8
+    torch.testing.assert_close(result.loss[same], want.loss[same], rtol=1e-3, atol=1e-6)
