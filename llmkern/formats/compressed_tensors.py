@@ -1,11 +1,14 @@
-"""compressed-tensors' `quantization_config`: how a checkpoint says which module is quantized how."""
+"""What compressed-tensors' files have beyond the canonical tensors: their config, and an old packing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llmkern.formats.int4 import QuantFormat
+import torch
+from torch import Tensor
+
+from llmkern.formats.int4 import QuantFormat, pack_codes
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -50,3 +53,27 @@ def describe_formats(formats: Mapping[str, QuantFormat], dense: Iterable[str]) -
         "ignore": sorted(dense),
         "kv_cache_scheme": None,
     }
+
+
+def word_aligned_width(K: int, bits: int) -> int:
+    """Words per row of the packing that compressed-tensors used before 0.18, see `repack_words`."""
+    return -(-K // (32 // bits))
+
+
+def repack_words(packed: Tensor, bits: int, K: int) -> Tensor:
+    """Rows packed by compressed-tensors before 0.18 to the canonical bit stream.
+
+    Widths that do not divide 32 (3 bits here) then held 32 // bits codes per word, the rest of the
+    word unused; the other widths' bytes are the same in both.
+
+    Args:
+        packed: int32 [N, ceil(K / (32 // bits))].
+        bits: of a code.
+        K: codes per row.
+
+    Returns:
+        int32 [N, ceil(K * bits / 32)].
+    """
+    shifts = torch.arange(32 // bits, device=packed.device) * bits
+    codes = (packed[..., None].long() >> shifts) & ((1 << bits) - 1)
+    return pack_codes(codes.to(torch.uint8).flatten(1)[:, :K].contiguous(), bits)

@@ -11,6 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmkern.formats.compressed_tensors import repack_words, word_aligned_width
 from llmkern.formats.int4 import QuantFormat
 from llmkern.hf.checkpoint_files import CheckpointFiles
 from llmkern.hf.scheme import Scheme
@@ -37,6 +38,10 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: PackedConfig
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._word_aligned: list[str] = []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         scheme, files = self.quantization_config.scheme, self.quantization_config.files
@@ -67,7 +72,29 @@ class PackedQuantizer(HfQuantizer):
             scale_dtype = dtypes.get(name) or usual
             if scale_dtype is not None:
                 layer.weight_scale = torch.empty_like(layer.weight_scale, dtype=scale_dtype)
+            if _is_word_aligned(files, name, layer):
+                self._word_aligned.append(name)
+                layer.weight_packed = layer.weight_packed.new_empty(
+                    N, word_aligned_width(K, fmt.bits)
+                )
+                if layer.weight_zero_point is not None:
+                    words = word_aligned_width(N, fmt.bits)
+                    layer.weight_zero_point = layer.weight_scale.new_empty(
+                        words, layer.weight_scale.shape[1], dtype=torch.int32
+                    )
             model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name in self._word_aligned:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, Int4Linear)
+            if layer.weight_packed.dtype != torch.int32:
+                continue  # `load` refuses it by name
+            layer.weight_packed = repack_words(layer.weight_packed, layer.bits, layer.in_features)
+            if layer.weight_zero_point is not None:
+                rows = layer.weight_zero_point.t()
+                rows = repack_words(rows, layer.bits, layer.out_features)
+                layer.weight_zero_point = rows.t().contiguous()
 
     def is_serializable(self) -> bool:
         return True
@@ -91,6 +118,14 @@ def packed_format(
         # The format knows linears only; a Conv1D is packed as the linear that it computes.
         return scheme.format_of(name, nn.Linear(1, 1, device="meta"))
     return None
+
+
+def _is_word_aligned(files: CheckpointFiles, name: str, layer: Int4Linear) -> bool:
+    """Whether the file holds the packing of compressed-tensors before 0.18, told by its width."""
+    info = files.tensors.get(f"{name}.weight_packed")
+    words = word_aligned_width(layer.in_features, layer.bits)
+    old = (layer.out_features, words)
+    return info is not None and info.shape == old != tuple(layer.weight_packed.shape)
 
 
 def linear_size(module: nn.Module) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import llmkern
 from llmkern import Int4Linear, QuantFormat
+from llmkern.formats.int4 import unpack_codes
 
 RULES = {
     "four_bits": QuantFormat(4, 64),
@@ -151,6 +152,29 @@ def test_load_never_builds_a_dense_weight(saved, monkeypatch, tokens):
     held = [*loaded.parameters(), *loaded.buffers()]
     assert not any(t.is_floating_point() and tuple(t.shape) == (256, 128) for t in held)
     assert torch.equal(logits(loaded, tokens), saved[2])
+
+
+def test_old_packing_of_three_bits_is_read(llama, tokens, tmp_path):
+    """compressed-tensors before 0.18 put 10 codes of 3 bits into each word."""
+    model = llama()
+    report = llmkern.patch(model, QuantFormat(3, 32, False))
+    wanted = logits(model, tokens)
+    llmkern.save(model, tmp_path / "model")
+
+    def old_words(packed, K):
+        codes = unpack_codes(packed, 3, K).long()
+        codes = torch.nn.functional.pad(codes, (0, -K % 10)).view(len(codes), -1, 10)
+        return (codes << (3 * torch.arange(10))).sum(-1).to(torch.int32)
+
+    def make_old(tensors):
+        for name in report.replaced:
+            N, K = tensors[f"{name}.weight_shape"].tolist()
+            tensors[f"{name}.weight_packed"] = old_words(tensors[f"{name}.weight_packed"], K)
+            zeros = tensors[f"{name}.weight_zero_point"].T.contiguous()
+            tensors[f"{name}.weight_zero_point"] = old_words(zeros, N).T.contiguous()
+
+    rewrite(tmp_path / "model", make_old)
+    assert torch.equal(logits(llmkern.load(tmp_path / "model"), tokens), wanted)
 
 
 def test_shards_tokenizer_and_generation_config(llama, tokens, tmp_path):
