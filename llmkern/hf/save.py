@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ def save(
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: got {type(model).__name__}, expected a transformers model")
-    target = Path(directory).absolute()
+    target = Path(directory).resolve()
     check_target(target, overwrite)
     _check_expanded(model)
     _warn_readers(model)
@@ -68,6 +68,7 @@ def save(
             # The tensors to be written take the kernel layout's place instead of lying beside it.
             module.restore()
     with _replacing(target) as partial:
+        _check_space(model, partial)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -117,11 +118,22 @@ def _warn_readers(model: PreTrainedModel) -> None:
         )
 
 
+def _check_space(model: nn.Module, directory: Path) -> None:
+    tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    need, free = sum(tensors.values()), shutil.disk_usage(directory).free
+    if need > free:
+        raise OSError(
+            f"{directory.parent}: got {free / 2**30:.2f} GiB of free space, expected at least "
+            f"{need / 2**30:.2f} GiB for the model"
+        )
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A new directory that becomes `target` when the block ends well and vanishes when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    partial = _beside(target, "partial")
+    partial.mkdir()
     try:
         yield partial
         _sync(partial)
@@ -133,21 +145,10 @@ def _replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
-    # A rename may reach the disk before the files it names: they go first.
-    for path in (*directory.rglob("*"), directory):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _swap_in(partial: Path, target: Path) -> None:
-    partial.chmod(0o777 & ~_umask())
     replaced = None
     if target.is_dir() and any(target.iterdir()):
-        replaced = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced-", dir=target.parent))
+        replaced = _beside(target, "replaced")
         os.replace(target, replaced)
     try:
         os.replace(partial, target)
@@ -155,16 +156,24 @@ def _swap_in(partial: Path, target: Path) -> None:
         if replaced is not None:
             os.replace(replaced, target)
         raise
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _sync_entry(target.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f"{target.name}.{what}-{secrets.token_hex(4)}")
+
+
+def _sync(directory: Path) -> None:
+    # A rename may reach the disk before the files it names: they go first.
+    for path in (*directory.rglob("*"), directory):
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -292,6 +292,24 @@ def test_full_disk_loses_nothing(saved, llama, tokens):
     assert torch.equal(logits(llmkern.load(directory), tokens), wanted)
 
 
+def test_too_small_a_disk_is_noticed_before_writing(saved, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    small = usage._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    with pytest.raises(OSError, match=r"got 0.00 GiB of free space, expected at least"):
+        llmkern.save(saved[0], tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_link_to_a_model_is_followed(saved, tokens, tmp_path):
+    model, directory, wanted = saved
+    (tmp_path / "link").symlink_to(directory)
+    llmkern.save(model, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert torch.equal(logits(llmkern.load(tmp_path / "link"), tokens), wanted)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model"]
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing in it is cleaned up."""
 
