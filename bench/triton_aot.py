@@ -138,11 +138,11 @@ def _dequantize(N: int, K: int, group_size: int, dtype: torch.dtype) -> None:
     dequantize_int4.launch(*_weight(N, K, group_size), group_size, "canonical", out)
 
 
-def _hessian(K: int, dtype: torch.dtype) -> None:
-    hessian_update.launch(torch.empty(K, K), torch.empty(8192, K, dtype=dtype), 0.1)
+def _hessian(K: int, dtype: torch.dtype, T: int = 8192) -> None:
+    hessian_update.launch(torch.empty(K, K), torch.empty(T, K, dtype=dtype), 0.1)
 
 
-def _obs(N: int, symmetric: bool, clip_search: bool, fit: bool) -> None:
+def _obs(N: int, symmetric: bool, clip_search: bool, fit: bool, columns: int = 128) -> None:
     K, group_size = 4096, 128
     grid = torch.empty(N, K // group_size)
     obs_quantize.launch_block(
@@ -156,7 +156,7 @@ def _obs(N: int, symmetric: bool, clip_search: bool, fit: bool) -> None:
         torch.empty_like(grid),
         torch.empty(N, K),
         torch.empty(N),
-        *(128, 256, fit, torch.empty(N, 128)),
+        *(128, 128 + columns, fit, torch.empty(N, 128)),
         clip_steps=obs_reference.CLIP_STEPS,
         clip_min=obs_reference.CLIP_MIN,
     )
@@ -190,6 +190,14 @@ CASES: dict[str, Callable[[], None]] = {
     "obs dynamic clip, few rows": partial(_obs, 256, False, True, True),
     "obs dynamic symmetric": partial(_obs, 4096, True, False, True),
     "obs static": partial(_obs, 4096, False, False, False),
+    # Triton turns arguments of value 1 into constants, which have no methods.
+    "w4a16 one output": partial(_gemm, 1, 1, 4096, 4096, BF16),
+    "w4a16 one row of w": partial(_gemm, 2, 1, 32, 32, BF16),
+    "w4a16 float32, one row of w": partial(_gemm, 5, 1, 32, 32, F32),
+    "dequantize one row": partial(_dequantize, 1, 32, 32, BF16),
+    "hessian of one number": partial(_hessian, 1, BF16, 1),
+    "obs of one number": partial(_obs, 1, False, True, True, 1),
+    "obs static, one number": partial(_obs, 1, True, False, False, 1),
 }
 
 

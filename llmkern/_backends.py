@@ -188,17 +188,25 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refuse_triton(device_type: str) -> str | None:
-    """Why the Triton kernels cannot serve a tensor on `device_type`, or None.
+def refuse_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot serve a tensor on `device`, or None.
 
     Triton serves CUDA tensors. Its interpreter also serves CPU tensors, far too slowly for use, so
     it is taken only where a test or a user asks for the triton backend by name.
     """
-    if device_type == "cuda":
+    if device.type == "cuda":
+        return _triton_missing() or _refuse_triton_device(device.index)
+    if device.type == "cpu" and triton_interpreted() and forced_backend() == "triton":
         return _triton_missing()
-    if device_type == "cpu" and triton_interpreted() and forced_backend() == "triton":
-        return _triton_missing()
-    return f"tensors are on {device_type}"
+    return f"tensors are on {device.type}"
+
+
+@cache
+def _refuse_triton_device(index: int) -> str | None:
+    import torch
+
+    # Triton compiles for the GPU at hand, and its PTX runs on whatever is newer than 8.0.
+    return refuse_capability(torch.cuda.get_device_capability(index), ("compute_80",))
 
 
 def never_refuse(*args: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import on_device
 from .int4 import dequantize_tile, load_zeros
 
 
@@ -71,15 +72,16 @@ def launch(
         return
     config = select_config(N, K, group_size)
     grid = (triton.cdiv(N, config.BLOCK_N), K // config.BLOCK_K)
-    dequantize_int4_kernel[grid](
-        qweight,
-        scales,
-        zeros,
-        out,
-        N,
-        K,
-        GROUP_SIZE=group_size,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        num_warps=config.num_warps,
-    )
+    with on_device(out):
+        dequantize_int4_kernel[grid](
+            qweight,
+            scales,
+            zeros,
+            out,
+            N,
+            K,
+            GROUP_SIZE=group_size,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            num_warps=config.num_warps,
+        )

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import DEFAULT_SMS, num_sms, on_device
 from .numerics import dot
 
 
@@ -27,7 +28,7 @@ class Config:
     num_stages: int
 
 
-def select_config(K: int, float32: bool, num_sms: int = 132) -> Config:
+def select_config(K: int, float32: bool, num_sms: int = DEFAULT_SMS) -> Config:
     """Tile of H for K columns; `float32` is whether x is. Small K gets small tiles, to fill the GPU."""
     if float32:
         return Config(64, 16, 4096, 4, 2)
@@ -88,21 +89,19 @@ def hessian_update_kernel(
 def launch(H: torch.Tensor, x: torch.Tensor, alpha: float) -> None:
     """Add alpha * xᵀx to the lower triangle of H; arguments as in llmkern.ops.hessian_update."""
     T, K = x.shape
-    num_sms = 132
-    if x.is_cuda:
-        num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config = select_config(K, x.dtype == torch.float32, num_sms)
+    config = select_config(K, x.dtype == torch.float32, num_sms(x))
     tiles = triton.cdiv(K, config.BLOCK_K)
-    hessian_update_kernel[(tiles * (tiles + 1) // 2,)](
-        H,
-        x,
-        T,
-        K,
-        alpha,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_T=config.BLOCK_T,
-        FLUSH=config.FLUSH,
-        NUM_STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        enable_fp_fusion=True,
-    )
+    with on_device(x):
+        hessian_update_kernel[(tiles * (tiles + 1) // 2,)](
+            H,
+            x,
+            T,
+            K,
+            alpha,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_T=config.BLOCK_T,
+            FLUSH=config.FLUSH,
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import DEFAULT_SMS, num_sms, on_device
 from .numerics import narrow, round_even
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -28,7 +29,7 @@ class Config:
     num_warps: int
 
 
-def select_config(N: int, num_sms: int = 132) -> Config:
+def select_config(N: int, num_sms: int = DEFAULT_SMS) -> Config:
     """Rows per program: as many as still give every multiprocessor a program."""
     for block_n in (16, 8):
         if block_n * num_sms <= N:
@@ -213,33 +214,31 @@ def launch_block(
     clip_steps and clip_min are the reference's CLIP_STEPS and CLIP_MIN.
     """
     N, K = w.shape
-    num_sms = 132
-    if w.is_cuda:
-        num_sms = torch.cuda.get_device_properties(w.device).multi_processor_count
-    config = select_config(N, num_sms)
-    obs_quantize_kernel[(triton.cdiv(N, config.BLOCK_N),)](
-        w[:, first:],
-        U[first:, first:],
-        d[first:],
-        g_idx[first:],
-        codes[:, first:],
-        scales,
-        zeros,
-        w_hat[:, first:],
-        loss,
-        error,
-        N,
-        K,
-        last - first,
-        GROUP_SIZE=group_size,
-        FIT=fit,
-        TOP=(1 << bits) - 1,
-        SYMMETRIC=symmetric,
-        CLIP_STEPS=clip_steps if fit and clip_search else 1,
-        CLIP_MIN=clip_min,
-        SCALE_DTYPE=DTYPES[scale_dtype],
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=error.shape[1],
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-    )
+    config = select_config(N, num_sms(w))
+    with on_device(w):
+        obs_quantize_kernel[(triton.cdiv(N, config.BLOCK_N),)](
+            w[:, first:],
+            U[first:, first:],
+            d[first:],
+            g_idx[first:],
+            codes[:, first:],
+            scales,
+            zeros,
+            w_hat[:, first:],
+            loss,
+            error,
+            N,
+            K,
+            last - first,
+            GROUP_SIZE=group_size,
+            FIT=fit,
+            TOP=(1 << bits) - 1,
+            SYMMETRIC=symmetric,
+            CLIP_STEPS=clip_steps if fit and clip_search else 1,
+            CLIP_MIN=clip_min,
+            SCALE_DTYPE=DTYPES[scale_dtype],
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=error.shape[1],
+            num_warps=config.num_warps,
+            enable_fp_fusion=False,
+        )

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import DEFAULT_SMS, num_sms, on_device
 from .int4 import dequantize_tile, load_zeros, unpack_plane
 from .numerics import dot, narrow
 
@@ -40,7 +41,7 @@ class Config:
 
 
 def select_config(
-    M: int, N: int, K: int, group_size: int, float32: bool, num_sms: int = 132
+    M: int, N: int, K: int, group_size: int, float32: bool, num_sms: int = DEFAULT_SMS
 ) -> Config:
     """Kernel and tile for a shape; `float32` is whether x is."""
     divisor = group_size & -group_size  # of the group size, the largest power of two
@@ -200,8 +201,10 @@ def w4a16_gemm_reduce_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     acc = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLIT_K):
-        acc += tl.load(partial_ptr + split * size.to(tl.int64) + offsets, mask=mask, other=0.0)
+    partial_ptrs = partial_ptr + offsets
+    for _ in tl.static_range(SPLIT_K):
+        acc += tl.load(partial_ptrs, mask=mask, other=0.0)
+        partial_ptrs += size
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offsets % N, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
@@ -229,10 +232,7 @@ def launch(
     """
     M, K = x.shape
     N = out.shape[1]
-    num_sms = 132
-    if x.is_cuda:
-        num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config = select_config(M, N, K, group_size, x.dtype == torch.float32, num_sms)
+    config = select_config(M, N, K, group_size, x.dtype == torch.float32, num_sms(x))
     target, target_bias = out, bias
     if config.SPLIT_K > 1:
         target = out.new_empty(config.SPLIT_K, M, N, dtype=torch.float32)
@@ -241,37 +241,38 @@ def launch(
     step = config.BLOCK_K // 8
     split_words = triton.cdiv(triton.cdiv(K // 8, step), config.SPLIT_K) * step
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    KERNELS[config.kernel][(tiles, config.SPLIT_K)](
-        x,
-        qweight,
-        scales,
-        zeros,
-        target_bias,
-        target,
-        M,
-        N,
-        K,
-        x.stride(0),
-        split_words,
-        GROUP_SIZE=group_size,
-        EXACT=config.EXACT,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        NUM_STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
-    if config.SPLIT_K > 1:
-        w4a16_gemm_reduce_kernel[(triton.cdiv(M * N, 1024),)](
+    with on_device(x):
+        KERNELS[config.kernel][(tiles, config.SPLIT_K)](
+            x,
+            qweight,
+            scales,
+            zeros,
+            target_bias,
             target,
-            bias,
-            out,
-            M * N,
+            M,
             N,
-            SPLIT_K=config.SPLIT_K,
-            BLOCK=1024,
-            num_warps=4,
+            K,
+            x.stride(0),
+            split_words,
+            GROUP_SIZE=group_size,
+            EXACT=config.EXACT,
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
+        if config.SPLIT_K > 1:
+            w4a16_gemm_reduce_kernel[(triton.cdiv(M * N, 1024),)](
+                target,
+                bias,
+                out,
+                M * N,
+                N,
+                SPLIT_K=config.SPLIT_K,
+                BLOCK=1024,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )

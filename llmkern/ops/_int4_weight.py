@@ -79,7 +79,7 @@ def refuse_triton_weight(qweight: Tensor, layout: str) -> str | None:
     """Why the Triton kernels cannot read a weight, or None."""
     if layout != "canonical":
         return f"the weight is in the {layout} layout"
-    return _backends.refuse_triton(qweight.device.type)
+    return _backends.refuse_triton(qweight.device)
 
 
 def canonical_weight(

@@ -34,7 +34,7 @@ def _launch_cuda(H: Tensor, x: Tensor, alpha: float) -> None:
 
 
 def _refuse_triton(H: Tensor, x: Tensor, alpha: float) -> str | None:
-    return _backends.refuse_triton(H.device.type)
+    return _backends.refuse_triton(H.device)
 
 
 def _launch_triton(H: Tensor, x: Tensor, alpha: float) -> None:

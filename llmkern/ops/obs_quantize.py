@@ -128,7 +128,7 @@ def _launch_cuda(*args: Any) -> None:
 
 
 def _refuse_triton(w: Tensor, *args: Any) -> str | None:
-    return _backends.refuse_triton(w.device.type)
+    return _backends.refuse_triton(w.device)
 
 
 def _launch_triton(*args: Any) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import llmkern
-from llmkern.formats.int4 import pack_codes, pack_zeros
 from llmkern.ops import dequantize_int4
 from llmkern.reference.w4a16_gemm import dequantize_int4 as reference
+from llmkern.testing import random_int4_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -32,13 +32,11 @@ def test_equals_the_reference_bit_for_bit(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
 ) -> None:
-    qweight = pack_codes(torch.randint(0, 16, (N, K), dtype=torch.uint8), 4).to(DEVICE)
-    scales = (torch.randn(N, K // group_size) * 0.1).to(DEVICE, scale_dtype)
-    zeros = torch.randint(0, 16, (N, K // group_size), dtype=torch.uint8)
-    packed = None if symmetric else pack_zeros(zeros, 4).to(DEVICE)
+    weight = random_int4_weight(N, K, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    weight = tuple(None if t is None else t.to(DEVICE) for t in weight)
     with llmkern.use_backend("triton"):
-        w = dequantize_int4(qweight, scales, packed, group_size=group_size, dtype=dtype)
-    assert torch.equal(w, reference(qweight, scales, packed, group_size, dtype))
+        w = dequantize_int4(*weight, group_size=group_size, dtype=dtype)
+    assert torch.equal(w, reference(*weight, group_size, dtype))
 
 
 def test_the_cpu_layout_is_refused_with_a_reason() -> None:

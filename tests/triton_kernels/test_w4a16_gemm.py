@@ -10,11 +10,10 @@ from llmkern.triton_kernels.w4a16_gemm import select_config
 from torch import Tensor
 
 import llmkern
-from llmkern.formats.int4 import pack_codes, pack_zeros
 from llmkern.ops import w4a16_gemm
 from llmkern.reference.w4a16_gemm import dequantize_int4 as reference_dequantize
 from llmkern.reference.w4a16_gemm import w4a16_gemm as reference
-from llmkern.testing import assert_matches
+from llmkern.testing import assert_matches, random_int4_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -51,11 +50,14 @@ CASES = {
 
 
 def make_weight(case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
-    groups = case.K // case.group_size
-    qweight = pack_codes(torch.randint(0, 16, (case.N, case.K), dtype=torch.uint8), 4)
-    scales = (torch.rand(case.N, groups) + 0.1).to(case.scale_dtype)
-    zeros = pack_zeros(torch.randint(0, 16, (case.N, groups), dtype=torch.uint8), 4)
-    return qweight.to(DEVICE), scales.to(DEVICE), None if case.symmetric else zeros.to(DEVICE)
+    weight = random_int4_weight(
+        case.N,
+        case.K,
+        case.group_size,
+        symmetric=case.symmetric,
+        scale_dtype=case.scale_dtype,
+    )
+    return tuple(None if t is None else t.to(DEVICE) for t in weight)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -99,6 +101,7 @@ def test_rows_do_not_depend_on_the_batch_within_a_tier() -> None:
     assert torch.equal(whole[3:5], part)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
 def test_infinity_in_a_row_stays_in_that_row() -> None:
     case = Case(4, 16, 128, 128, F16, ("", False, 1))
     qweight, scales, zeros = make_weight(case)
