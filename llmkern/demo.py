@@ -15,6 +15,7 @@ from rich.table import Table
 
 import llmkern
 from llmkern import assets, env
+from llmkern.calibrate import load_tokens
 from llmkern.evaluate import evaluate
 
 REPORT = Path("demo-report.json")
@@ -34,15 +35,11 @@ def run(output: Path, console: Console) -> None:
     """
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets.bundled_model_dir())
-    ids = tokenizer(
-        assets.evaluation_text().read_text(encoding="utf-8"), return_tensors="pt"
-    ).input_ids
-    windows = min(EVALUATION_WINDOWS, ids.shape[1] // SEQ_LEN)
-    tokens = ids[0, : windows * SEQ_LEN].view(windows, SEQ_LEN)
     original = _bundled()
-    console.print(
-        f"bundled model: {sum(p.numel() for p in original.parameters()) / 1e6:.1f} M parameters"
-    )
+    size = sum(parameter.numel() for parameter in original.parameters())
+    console.print(f"bundled model: {size / 1e6:.1f} M parameters")
+    text = assets.evaluation_text()
+    tokens = load_tokens(text, original, tokenizer, seq_len=SEQ_LEN)[:EVALUATION_WINDOWS]
 
     rows = [_measure("fp32", original, tokens, None, 0.0)]
     sample = ""
