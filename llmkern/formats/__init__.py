@@ -1,0 +1,1 @@
+"""Packed layouts of compressed weights as pure functions, each with a picture of its bytes."""
