@@ -86,15 +86,19 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """`pack_codes` for codes that are known to fit: reads no value, so it can be traced."""
     N, K = codes.shape
     words = -(-K * bits // 32)
-    # Every bit width packs through bytes: 8 codes make `bits` bytes, little endian.
-    octets = (
-        torch.nn.functional.pad(codes, (0, -K % 32)).view(N, -1, 8).to(torch.int64)
-    )  # [N, K/8, 8]
-    shifts = torch.arange(8, device=codes.device) * bits
-    stream = (octets << shifts).sum(-1)  # [N, K/8], bits * 8 bits each (64 at most)
-    taps = torch.arange(bits, device=codes.device) * 8
-    data = ((stream[..., None] >> taps) & 0xFF).to(torch.uint8).reshape(N, -1)
-    return data.view(torch.int32)[:, :words].contiguous()
+    octets = torch.nn.functional.pad(codes, (0, -K % 32)).view(N, -1, 8)  # [N, K/8, 8]
+    # Every bit width packs through bytes: 8 codes make `bits` bytes, little endian. One pass per code
+    # keeps the wide temporaries at one element per 8 codes.
+    stream = torch.zeros(octets.shape[:2], dtype=_stream_dtype(bits), device=codes.device)
+    for i in range(8):
+        stream |= octets[..., i].to(stream.dtype) << (i * bits)
+    data = stream.view(torch.uint8).view(N, -1, stream.element_size())[..., :bits]
+    return data.reshape(N, -1).view(torch.int32)[:, :words].contiguous()
+
+
+def _stream_dtype(bits: int) -> torch.dtype:
+    """The smallest integer that holds 8 codes."""
+    return torch.int32 if bits <= 4 else torch.int64
 
 
 def unpack_codes(packed: Tensor, bits: int, K: int) -> Tensor:
@@ -112,11 +116,13 @@ def unpack_codes(packed: Tensor, bits: int, K: int) -> Tensor:
     N = packed.shape[0]
     octet_bytes = -(-K // 8) * bits
     data = torch.nn.functional.pad(packed.contiguous(), (0, 1)).view(torch.uint8)[:, :octet_bytes]
-    taps = torch.arange(bits, device=packed.device) * 8
-    stream = (data.reshape(N, -1, bits).to(torch.int64) << taps).sum(-1)  # [N, K/8]
-    shifts = torch.arange(8, device=packed.device) * bits
-    codes = (stream[..., None] >> shifts) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).reshape(N, -1)[:, :K].contiguous()
+    dtype = _stream_dtype(bits)
+    data = torch.nn.functional.pad(data.reshape(N, -1, bits), (0, dtype.itemsize - bits))
+    stream = data.contiguous().view(N, -1).view(dtype)  # [N, K/8]
+    codes = torch.empty(*stream.shape, 8, dtype=torch.uint8, device=packed.device)
+    for i in range(8):
+        codes[..., i] = (stream >> (i * bits)) & ((1 << bits) - 1)
+    return codes.view(N, -1)[:, :K].contiguous()
 
 
 def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
