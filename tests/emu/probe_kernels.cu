@@ -52,6 +52,17 @@ __global__ void shared_read(float* data, int at) {
   if (threadIdx.x == 0) data[0] = start[at];
 }
 
+// As many floats of dynamic shared memory as threads: rotates through it, then writes at `at`.
+__global__ void dynamic_shared(float* data, int at) {
+  LLMKERN_DYNAMIC_SHARED(float, buffer);
+  const int tid = threadIdx.x;
+  buffer[tid] = data[tid];
+  __syncthreads();
+  data[tid] = buffer[(tid + 1) % kThreads];
+  __syncthreads();
+  buffer[at] = 1.0f;
+}
+
 __global__ void array_index(float* data, int at) {
   LLMKERN_SHARED(float, buffer, [kThreads]);
   buffer[at] = data[0];
@@ -149,8 +160,13 @@ EXPORT const char* run(const char* name, float* data, int argument, bool reverse
     if (wanted == "neighbour") return launch(name, neighbour, 1, kThreads, nullptr, data, argument);
     if (wanted == "rotate_twice")
       return launch(name, rotate_twice, 1, kThreads, nullptr, data, argument);
+    cudaLaunchConfig_t config = {};
+    if (wanted == "dynamic_shared") {
+      config.blockDim = dim3(kThreads);
+      config.dynamicSmemBytes = kThreads * sizeof(float);
+      return check(cudaLaunchKernelEx(&config, dynamic_shared, data, argument), name);
+    }
     if (wanted == "coordinates") {
-      cudaLaunchConfig_t config = {};
       config.gridDim = dim3(3, 2);
       config.blockDim = dim3(4, 2);
       return check(cudaLaunchKernelEx(&config, coordinates, data, 0), name);

@@ -82,6 +82,13 @@ def test_shared_memory_is_bounded(at, run):
     assert data[0].isnan()
 
 
+def test_dynamic_shared_memory(run):
+    data = counted()
+    assert run("dynamic_shared", data, 0) == ""
+    assert torch.equal(data, counted().roll(-1))
+    assert "declared at dynamic shared memory" in run("dynamic_shared", counted(), THREADS)
+
+
 FAULTS = {
     "array_index": (THREADS, "array index out of range"),
     "barrier_in_a_branch": (0, r"divergent barrier: thread \(31, 0, 0\).*waits at.*\(32, 0, 0\)"),

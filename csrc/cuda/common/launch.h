@@ -12,6 +12,10 @@
 #ifndef LLMKERN_SHARED
 // LLMKERN_SHARED(float, tile, [32][64]); the emulator puts guards around each such array.
 #define LLMKERN_SHARED(type, name, extents) __shared__ type name extents
+// The launch's dynamic shared memory as type* name, 16-byte aligned.
+#define LLMKERN_DYNAMIC_SHARED(type, name)                      \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  type* name = reinterpret_cast<type*>(name##_bytes)
 #endif
 
 namespace llmkern::cuda {
