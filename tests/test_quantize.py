@@ -124,6 +124,7 @@ def test_report_is_complete(tokens: Tensor) -> None:
         assert layer.damp == 0.01
         assert layer.factored
         assert layer.seconds > 0
+    assert model.config.quantization_config["ignore"] == ["lm_head"]
     assert report.method == "gptq"
     assert (report.tokens, report.window) == (tokens.numel(), 16)
     assert report.seconds >= sum(layer.seconds for layer in report.layers)
@@ -345,6 +346,7 @@ def test_nan_in_the_activations_is_named_and_the_model_stays_whole(tokens: Tenso
     assert isinstance(model.get_submodule("model.layers.1.self_attn.o_proj"), Int4Linear)
     assert type(model.get_submodule("model.layers.1.mlp.up_proj")) is nn.Linear
     assert model(input_ids=tokens).logits.shape == (*tokens.shape, VOCAB)
+    assert "model.layers.1.mlp.up_proj" in model.config.quantization_config["ignore"]
 
 
 def test_a_second_time_there_is_nothing_left(tokens: Tensor) -> None:

@@ -102,7 +102,7 @@ def quantize(
     plan, dense = _plan(model, _format(bits, group_size, symmetric), dict(rules or {}))
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
     if isinstance(settings, RtnOptions):
-        with _Work(plan, report, progress) as work:
+        with _Work(model, plan, report, progress) as work:
             for prefix, block in find_blocks(model).items():
                 for name in block_linears(block):
                     work.compress(prefix, block, name, partial(rtn, options=settings))
@@ -116,10 +116,9 @@ def quantize(
             seed=data.seed,
         )
         report.tokens, report.window = windows.numel(), windows.shape[1]
-        with _Work(plan, report, progress) as work:
+        with _Work(model, plan, report, progress) as work:
             stage = _gptq_stage(work, settings, windows.numel())
             walk(model, windows, stage, batch_size=data.batch_size)
-    record_formats(model)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -148,9 +147,12 @@ def _gptq_stage(work: _Work, settings: GptqOptions, tokens: int) -> Callable[[Bl
 class _Work:
     """Replaces planned layers one by one; keeps the report and the progress bar."""
 
-    def __init__(self, plan: _Formats, report: QuantizeReport, progress: bool) -> None:
+    def __init__(
+        self, model: nn.Module, plan: _Formats, report: QuantizeReport, progress: bool
+    ) -> None:
         from tqdm import tqdm
 
+        self._model = model
         self._plan = plan
         self._report = report
         # disable=None: no bar where standard error is no terminal.
@@ -167,6 +169,9 @@ class _Work:
     ) -> None:
         self._bar.close()
         done = self._report.layers
+        if done:
+            # Also after an error: the config then still says what the model holds.
+            record_formats(self._model)
         if exc is not None and done:
             warnings.warn(
                 f"quantize: stopped after {len(done)} of {len(self._plan)} layers; {done[0].name} to "
