@@ -52,6 +52,7 @@ class Row:
     registers: int
     stack_bytes: int  # where spilled registers go
     shared_bytes: int
+    tensor_core: list[str]  # its instructions, by mnemonic
     seconds: float
 
     def problem(self) -> str | None:
@@ -114,6 +115,11 @@ def resources(kernel: Any) -> tuple[int, int]:
         raise RuntimeError(f"cuobjdump: got no resource usage in {text!r}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+def tensor_core(kernel: Any) -> list[str]:
+    """Mnemonics of the tensor-core instructions in a compiled kernel's PTX."""
+    return sorted(set(re.findall(r"\bw?g?mma[\w.]*\.m\d+n\d+k\d+[\w.]*", kernel.asm["ptx"])))
 
 
 def _weight(N: int, K: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -216,11 +222,9 @@ def compile_all(archs: list[int]) -> list[Row]:
                 seen.add((arch, kernel.hash))
                 constants = {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool)}
                 registers, stack = resources(kernel)
-                shared = kernel.metadata.shared
-                name = kernel.metadata.name
-                rows.append(
-                    Row(case, arch, name, constants, registers, stack, shared, round(seconds, 2))
-                )
+                name, shared = kernel.metadata.name, kernel.metadata.shared
+                numbers = (registers, stack, shared, tensor_core(kernel), round(seconds, 2))
+                rows.append(Row(case, arch, name, constants, *numbers))
     return rows
 
 

@@ -50,6 +50,23 @@ def test_nothing_spills_and_shared_memory_fits(rows: list[dict[str, Any]], arch:
         assert row["shared_bytes"] <= SHARED_LIMIT[arch], row
 
 
+@pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
+def test_16_bit_tiles_use_the_tensor_cores_and_float32_never_does(
+    rows: list[dict[str, Any]], arch: int, instruction: str
+) -> None:
+    # In particular no float32 product goes through TF32.
+    kinds = ("w4a16_gemm_tile_kernel", "hessian_update_kernel")
+    mine = [row for row in rows if row["arch"] == arch and row["kernel"] in kinds]
+    assert {"float32" in row["case"] for row in mine} == {True, False}
+    for row in mine:
+        used = row["tensor_core"]
+        if "float32" in row["case"]:
+            assert used == [], row
+        else:
+            assert used, row
+            assert all(i.startswith(instruction) and "tf32" not in i for i in used), row
+
+
 def compiled(rows: list[dict[str, Any]], kernel: str, arch: int, *names: str) -> set[Any]:
     """The constants `names` of every compiled variant of a kernel."""
     return {
