@@ -27,8 +27,8 @@ class GptqOptions:
 
     Attributes:
         damp: fraction of the mean of the Hessian's diagonal that is added to it, in [0, 1).
-        act_order: round the columns with the largest inputs first. Groups stay those of the original
-            order, so every checkpoint format can hold the result.
+        act_order: round the columns with the largest inputs first; None: wherever group_scales allow.
+            Groups stay those of the original order, so every checkpoint format can hold the result.
         group_scales: "static" takes each group's grid from the original weights, "dynamic" from the
             weights as updated when the loop reaches the group; dynamic is not possible with act_order.
         clip_search: shrink each group's range to the fraction with the least squared error.
@@ -37,7 +37,7 @@ class GptqOptions:
     """
 
     damp: float = 0.01
-    act_order: bool = True
+    act_order: bool | None = None
     group_scales: str = "static"
     clip_search: bool = False
     true_sequential: bool = True
@@ -49,6 +49,8 @@ class GptqOptions:
             raise ValueError(
                 f"group_scales: got {self.group_scales!r}, expected 'static' or 'dynamic'"
             )
+        if self.act_order is None:
+            object.__setattr__(self, "act_order", self.group_scales == "static")
         if self.act_order and self.group_scales == "dynamic":
             raise ValueError("group_scales: got 'dynamic' with act_order, expected 'static'")
 
@@ -69,7 +71,7 @@ def gptq(
         # An empty Hessian would declare every column dead, and the weight zero.
         plain = rtn(weight, fmt, RtnOptions(options.clip_search))
         return QuantizedWeight(**{**vars(plain), "factored": False})
-    factor = statistic.factor(damp=options.damp, act_order=options.act_order)
+    factor = statistic.factor(damp=options.damp, act_order=bool(options.act_order))
     result = obs_quantize(
         weight,
         factor,

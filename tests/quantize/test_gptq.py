@@ -120,6 +120,11 @@ def test_bad_options_are_named(options: dict[str, object], message: str) -> None
         GptqOptions(**options)
 
 
+def test_act_order_is_the_default_where_it_is_possible() -> None:
+    assert GptqOptions().act_order is True
+    assert GptqOptions(group_scales="dynamic").act_order is False
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_in_the_weight_is_refused(bad: float) -> None:
     w = torch.randn(8, K)
