@@ -239,7 +239,7 @@ def _open(model_dir: str, dtype: str | None, device: str | None) -> Any:
 
     import llmkern
 
-    disable_progress_bar()  # the command shows its own
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # the command shows its own
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(kinds)}")

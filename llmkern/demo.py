@@ -33,7 +33,7 @@ def run(output: Path, console: Console) -> None:
         output: directory for the compressed models; one folder each, replaced on every run.
         console: where to print.
     """
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets.bundled_model_dir())
     original = _bundled()
     size = sum(parameter.numel() for parameter in original.parameters())

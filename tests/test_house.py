@@ -26,7 +26,7 @@ CPP_FILES = [
 MAY_IMPORT = {
     "_backends": set(),
     "_version": set(),
-    "formats": {"_backends"},
+    "formats": {"_memory"},
     "reference": {"formats"},
     "ops": {"_backends", "formats", "reference", "triton_kernels"},
     "triton_kernels": set(),
