@@ -210,6 +210,7 @@ def w4a16_gemm_reduce_kernel(
     tl.store(out_ptr + offsets, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
+# They take the same arguments; gemv is always exact.
 KERNELS = {
     "gemv": w4a16_gemm_gemv_kernel,
     "tile": w4a16_gemm_tile_kernel,
