@@ -9,7 +9,9 @@
 // which is a matrix product of N * K^2 flops in all and nearly all of the time. Three nested blocks
 // keep its operands near: `outer` columns per pass over the errors so far (a group of weights never
 // straddles two), `inner` columns per pass over the outer block's own errors, and tiles of kCols
-// columns within those. U is packed into tiles chunk by chunk and used by every strip of the panel.
+// columns within those. A dynamic group's grid is fitted to the weights that this walk reaches when
+// it rounds nothing in the group, so its columns are walked twice. U is packed into tiles chunk by
+// chunk and used by every strip of the panel.
 //
 // Memory traffic per multiply-add stays below 1/64 byte; panels of errors are read once per outer
 // block and U once per panel.
@@ -59,6 +61,7 @@ struct Panel {
   int64_t row, strips;
   float* errors;   // [strips][K][kRows]: the weights, each column replaced by its error
   float* updated;  // [strips][outer][kRows]: c above, of the current outer block
+  float* saved;    // likewise, while the weights left unrounded are in `updated`
   float* scales;   // [strips][groups][kRows]
   float* zeros;    // likewise
   float* tiles;    // U packed: [tiles][rows of U][kCols]
@@ -168,6 +171,37 @@ void quantize_column(const Panel& a, int64_t s, int64_t k, const float* c, float
   }
 }
 
+// Walks the columns of a sub-block, `size` rows of U in its tiles, the sub-block's own from `tile`
+// on: column k's c is brought up to date with e of the sub-block's columns before it, then
+// finish(k) sets e. k counts from the sub-block's start.
+template <typename Finish>
+void walk_columns(const Cuts& cuts, int64_t sub, int64_t size, const float* tile, const float* e,
+                  float* c, Finish finish) {
+  const int64_t cols = cuts.sub_end(sub) - sub;
+  for (int64_t j = 0, end; j < cols; j = end, tile += size * kCols) {
+    end = cuts.tile_end(sub + j) - sub;
+    push(j, e, tile, end - j, c + j * kRows);
+    for (int64_t k = j; k < end; ++k) {
+      Vec* x = reinterpret_cast<Vec*>(c + k * kRows);
+      for (int64_t i = j; i < k; ++i)
+        for (int v = 0; v < kRowVecs; ++v)
+          x[v] += reinterpret_cast<const Vec*>(e + i * kRows)[v] * tile[i * kCols + k - j];
+      finish(k);
+    }
+  }
+}
+
+// The error of a column that is not rounded: e = w - c.
+inline void leave_unrounded(const float* w, const float* c, float* e) {
+  for (int v = 0; v < kRowVecs; ++v)
+    reinterpret_cast<Vec*>(e)[v] =
+        reinterpret_cast<const Vec*>(w)[v] - reinterpret_cast<const Vec*>(c)[v];
+}
+
+GridOptions grid_options(const ObsQuantizeParams& p) {
+  return {p.bits, p.symmetric, p.clip_search, p.scales_dtype};
+}
+
 // Quantizes the inner block [i0, i1) of strip s; the tiles of U[i0:i1, i0:i1) are packed.
 void quantize_block(const Panel& a, int64_t s, int64_t start, int64_t i0, int64_t i1) {
   alignas(kVecBytes) float codes[kInner * kRows], w_hat[kInner * kRows];
@@ -179,28 +213,26 @@ void quantize_block(const Panel& a, int64_t s, int64_t start, int64_t i0, int64_
   const float* tile = a.tiles;
   for (int64_t sub = i0, sub_end; sub < i1; sub = sub_end) {
     sub_end = a.cuts.sub_end(sub);
-    const float* sub_tile = tile;
-    for (int64_t j = sub; j < sub_end; j = a.cuts.tile_end(j), sub_tile += size * kCols)
-      push(sub - i0, errors + i0 * kRows, sub_tile, a.cuts.tile_end(j) - j, c + j * kRows);
+    const float *next = tile, *own = tile + (sub - i0) * kCols;
+    for (int64_t j = sub; j < sub_end; j = a.cuts.tile_end(j), next += size * kCols)
+      push(sub - i0, errors + i0 * kRows, next, a.cuts.tile_end(j) - j, c + j * kRows);
+    float *sub_codes = codes + (sub - i0) * kRows, *sub_w_hat = w_hat + (sub - i0) * kRows;
+    float *sub_errors = errors + sub * kRows, *sub_c = c + sub * kRows;
     if (a.cuts.fit_sub) {
+      // The columns' places in codes and w_hat are still free: errors and weights left unrounded.
+      std::memcpy(sub_w_hat, sub_c, size_t((sub_end - sub) * kRows) * sizeof(float));
+      if (sub > 0)
+        walk_columns(a.cuts, sub, size, own, sub_codes, sub_w_hat, [&](int64_t k) {
+          leave_unrounded(sub_errors + k * kRows, sub_w_hat + k * kRows, sub_codes + k * kRows);
+        });
       const int64_t grid = (s * a.groups() + sub / p.group_size) * kRows;
-      group_grid(c + sub * kRows, sub_end - sub,
-                 {p.bits, p.symmetric, p.clip_search, p.scales_dtype}, a.scales + grid,
-                 a.zeros + grid);
+      group_grid(sub_w_hat, sub_end - sub, grid_options(p), a.scales + grid, a.zeros + grid);
     }
-    for (int64_t j = sub, end; j < sub_end; j = end, tile += size * kCols) {
-      end = a.cuts.tile_end(j);
-      push(j - sub, errors + sub * kRows, tile + (sub - i0) * kCols, end - j, c + j * kRows);
-      for (int64_t k = j; k < end; ++k) {
-        Vec* x = reinterpret_cast<Vec*>(c + k * kRows);
-        for (int64_t i = j; i < k; ++i)
-          for (int v = 0; v < kRowVecs; ++v)
-            x[v] += reinterpret_cast<const Vec*>(errors + i * kRows)[v] *
-                    tile[(i - i0) * kCols + k - j];
-        quantize_column(a, s, k, c + k * kRows, errors + k * kRows,
-                        {codes + (k - i0) * kRows, w_hat + (k - i0) * kRows, loss});
-      }
-    }
+    walk_columns(a.cuts, sub, size, own, sub_errors, sub_c, [&](int64_t k) {
+      quantize_column(a, s, sub + k, sub_c + k * kRows, sub_errors + k * kRows,
+                      {sub_codes + k * kRows, sub_w_hat + k * kRows, loss});
+    });
+    tile = next;
   }
   const int64_t rows = a.rows(s), at = (a.row + s * kRows) * p.K + i0;
   store_strip(codes, p.K, rows, size, p.codes + at);
@@ -234,6 +266,38 @@ void store_panel(const Panel& a) {
   }
 }
 
+// Grids of the group that is the outer block [start, end), from its weights left unrounded.
+void fit_outer_block(const Panel& a, int64_t start, int64_t end) {
+  const ObsQuantizeParams& p = a.p;
+  const int64_t floats = a.strips * a.cuts.outer * kRows;
+  if (start > 0) {
+    std::memcpy(a.saved, a.updated, size_t(floats) * sizeof(float));
+    for (int64_t i0 = start, i1; i0 < end; i0 = i1) {
+      i1 = a.cuts.inner_end(i0);
+      push_errors(a, start, start, i0, i0, i1);
+      pack(a, i0, i1, i0, i1);
+      for (int64_t s = 0; s < a.strips; ++s) {
+        float* e = a.errors + (s * p.K + i0) * kRows;
+        float* c = a.updated + (s * a.cuts.outer + i0 - start) * kRows;
+        walk_columns(a.cuts, i0, i1 - i0, a.tiles, e, c, [&](int64_t k) {
+          leave_unrounded(e + k * kRows, c + k * kRows, e + k * kRows);
+        });
+      }
+    }
+  }
+  for (int64_t s = 0; s < a.strips; ++s) {
+    const int64_t grid = (s * a.groups() + start / p.group_size) * kRows;
+    group_grid(a.updated + s * a.cuts.outer * kRows, end - start, grid_options(p), a.scales + grid,
+               a.zeros + grid);
+  }
+  if (start > 0) {
+    std::memcpy(a.updated, a.saved, size_t(floats) * sizeof(float));
+    for (int64_t s = 0; s < a.strips; ++s)
+      load_strip(p.w + (a.row + s * kRows) * p.K + start, p.K, a.rows(s), end - start, 0,
+                 a.errors + (s * p.K + start) * kRows);
+  }
+}
+
 void quantize_panel(const Panel& a) {
   const ObsQuantizeParams& p = a.p;
   load_panel(a);
@@ -243,14 +307,7 @@ void quantize_panel(const Panel& a) {
       std::memcpy(a.updated + s * a.cuts.outer * kRows, a.errors + (s * p.K + start) * kRows,
                   size_t((end - start) * kRows) * sizeof(float));
     push_errors(a, start, 0, start, start, end);
-    if (a.cuts.fit_outer) {
-      for (int64_t s = 0; s < a.strips; ++s) {
-        const int64_t grid = (s * a.groups() + start / p.group_size) * kRows;
-        group_grid(a.updated + s * a.cuts.outer * kRows, end - start,
-                   {p.bits, p.symmetric, p.clip_search, p.scales_dtype}, a.scales + grid,
-                   a.zeros + grid);
-      }
-    }
+    if (a.cuts.fit_outer) fit_outer_block(a, start, end);
     for (int64_t i0 = start, i1; i0 < end; i0 = i1) {
       i1 = a.cuts.inner_end(i0);
       push_errors(a, start, start, i0, i0, i1);
@@ -281,7 +338,8 @@ void obs_quantize(const ObsQuantizeParams& p) {
                 updated = padded(strips * cuts.outer * kRows);
   const int64_t grids = padded(strips * groups * kRows), packed = padded(tiles * kInner * kCols);
   const int64_t losses = padded(2 * strips * kRows);
-  const int64_t each = errors + updated + 2 * grids + packed + losses;
+  const int64_t saved = cuts.fit_outer ? updated : 0;
+  const int64_t each = errors + updated + saved + 2 * grids + packed + losses;
   Scratch scratch(threads * each);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t i = 0; i < panels; ++i) {
@@ -290,6 +348,7 @@ void obs_quantize(const ObsQuantizeParams& p) {
     thread = omp_get_thread_num();
 #endif
     float* at = scratch.data() + thread * each;
+    float* grid = at + errors + updated + saved;
     Panel panel{p,
                 cuts,
                 i * strips * kRows,
@@ -297,8 +356,9 @@ void obs_quantize(const ObsQuantizeParams& p) {
                 at,
                 at + errors,
                 at + errors + updated,
-                at + errors + updated + grids,
-                at + errors + updated + 2 * grids,
+                grid,
+                grid + grids,
+                grid + 2 * grids,
                 reinterpret_cast<double*>(at + each - losses)};
     quantize_panel(panel);
   }

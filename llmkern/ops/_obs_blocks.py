@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from llmkern.reference.obs_quantize import group_grid
+from llmkern.reference.obs_quantize import group_grid, unrounded
 
 BLOCK_SIZE = 128  # columns per launch; the errors' buffer has this many
 
@@ -27,20 +27,12 @@ LaunchBlock = Callable[..., None]
 
 
 def block_bounds(K: int, group_size: int, dynamic: bool) -> Iterator[tuple[int, int]]:
-    """(first, last) column of each block; a dynamic group never straddles two of its blocks.
-
-    Dynamic groups up to BLOCK_SIZE lie whole in a block; larger ones start a block.
-    """
-    if not dynamic:
-        chunk, step = K, BLOCK_SIZE
-    elif group_size <= BLOCK_SIZE:
-        chunk, step = K, BLOCK_SIZE // group_size * group_size
-    else:
-        chunk, step = group_size, BLOCK_SIZE
+    """(first, last) column of each block; a dynamic group starts a block."""
+    chunk = group_size if dynamic else K
     for start in range(0, K, chunk):
         end = min(start + chunk, K)
-        for first in range(start, end, step):
-            yield first, min(first + step, end)
+        for first in range(start, end, BLOCK_SIZE):
+            yield first, min(first + BLOCK_SIZE, end)
 
 
 @contextmanager
@@ -85,15 +77,14 @@ def run_blocks(
     error = w.new_empty(w.shape[0], BLOCK_SIZE)
     w_hat.copy_(w)
     loss.zero_()
-    fit = dynamic and group_size <= BLOCK_SIZE
     with full_float32():
         for first, last in block_bounds(K, group_size, dynamic):
-            if dynamic and not fit and first % group_size == 0:
-                g = first // group_size
-                group = w_hat[:, first : first + group_size]
+            if dynamic and first % group_size == 0:
+                g, span = first // group_size, slice(first, first + group_size)
+                group = unrounded(w_hat[:, span], w[:, span], U[span, span])
                 scales[:, g], zeros[:, g] = group_grid(
                     group, bits, symmetric, clip_search, scale_dtype
                 )
-            launch_block(*args, first, last, fit, error)
+            launch_block(*args, first, last, False, error)
             if last < K:
                 w_hat[:, last:].addmm_(error[:, : last - first], U[first:last, last:])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.formats.int4 import QuantFormat
+from llmkern.formats.int4 import BITS, QuantFormat
 from llmkern.ops._hessian_factor import HessianFactor, factorize_hessian
 from llmkern.ops._library import DTYPE_CODES, FLOATS, expect, pointer, register
 from llmkern.ops._obs_blocks import run_blocks
@@ -177,7 +177,9 @@ def _check(
     g_idx: Tensor,
     scales: Tensor | None,
     zeros: Tensor | None,
+    bits: int,
     group_size: int,
+    scale_dtype: torch.dtype,
 ) -> None:
     op = "obs_quantize"
     expect(
@@ -209,6 +211,28 @@ def _check(
         expect(tensor.device == w.device, op, name, tensor, f"the device of w, {w.device}")
     if (scales is None) != (zeros is None):
         raise ValueError(f"{op}: scales and zeros: got only one of them, expected both or neither")
+    if bits not in BITS:
+        raise ValueError(f"{op}: bits: got {bits}, expected one of {BITS}")
+    if scale_dtype not in FLOATS:
+        raise ValueError(f"{op}: scale_dtype: got {scale_dtype}, expected one of {FLOATS}")
+
+
+def _check_groups(g_idx: Tensor, group_size: int, dynamic: bool) -> None:
+    """What g_idx holds; on the CPU only, because looking at a GPU tensor would stall its queue."""
+    if g_idx.device.type != "cpu" or not len(g_idx):
+        return
+    low, high = (int(value) for value in g_idx.aminmax())
+    groups = len(g_idx) // group_size
+    if low < 0 or high >= groups:
+        raise ValueError(
+            f"obs_quantize: g_idx: got groups {low} to {high}, expected 0 to {groups - 1}"
+        )
+    if dynamic and not torch.equal(
+        g_idx, torch.arange(len(g_idx), dtype=torch.int32) // group_size
+    ):
+        raise ValueError(
+            "obs_quantize: g_idx: got columns out of order, expected k // group_size for dynamic scales"
+        )
 
 
 def _fake(
@@ -224,7 +248,7 @@ def _fake(
     clip_search: bool,
     scale_dtype: torch.dtype,
 ) -> _Five:
-    _check(w, U, d, g_idx, scales, zeros, group_size)
+    _check(w, U, d, g_idx, scales, zeros, bits, group_size, scale_dtype)
     N, K = w.shape
     grid = w.new_empty(N, K // group_size)
     codes = w.new_empty(N, K, dtype=torch.uint8)
@@ -250,6 +274,7 @@ def _run(
     if scales is not None and zeros is not None:
         out_scales.copy_(scales)
         out_zeros.copy_(zeros)
+    _check_groups(g_idx, group_size, dynamic=scales is None)
     if w.numel() == 0:
         loss.zero_()
         return outputs
@@ -297,7 +322,8 @@ def quantize_grid(
 
 def _check_weight(w: Tensor) -> None:
     expect(w.dim() == 2 and w.dtype in FLOATS, "obs_quantize", "w", w, "a float matrix [N, K]")
-    if not bool(torch.isfinite(w).all()):
+    # One pass and no temporary, unlike isfinite; aminmax propagates NaN.
+    if w.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(w)):
         raise ValueError("obs_quantize: w: got NaN or Inf, expected finite weights")
 
 
@@ -360,7 +386,9 @@ def obs_quantize(
             "follow the visiting order have no checkpoint format"
         )
     scale_dtype = scale_dtype or w.dtype
-    work = w.float().masked_fill(factor.dead, 0.0)
+    work = w.float()
+    if bool(factor.dead.any()):
+        work = work.masked_fill(factor.dead, 0.0)
     g_idx = torch.arange(K, device=w.device, dtype=torch.int32) // group_size
     grid: tuple[Tensor | None, Tensor | None] = (None, None)
     if not dynamic:

@@ -78,6 +78,25 @@ def _squared_error(w: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     return (scale * (codes - zero) - w).square().sum(1)
 
 
+def unrounded(pushed: Tensor, w: Tensor, U: Tensor) -> Tensor:
+    """The weights that the column loop reaches in a group of columns if it rounds none of them.
+
+    A dynamic grid is fitted to them. They are the updated weights of GPTQ as published: the best values
+    of the group for the errors made before it. `pushed` alone is not, for w'_k also takes up how far
+    the group's columns before k have moved; a grid fitted to it costs 1 to 2 % of the loss.
+
+    Args:
+        pushed: float [N, g], w plus what the errors before the group push onto it.
+        w: float [N, g], the group's original weights.
+        U: float [g, g], its rows and columns of U.
+
+    Returns:
+        w' of the group: w'_k = pushed_k + sum_{j<k} (w_j - w'_j) U_jk.
+    """
+    moved = torch.linalg.solve_triangular(U, pushed - w, upper=True, left=False, unitriangular=True)
+    return w + moved
+
+
 def obs_quantize(
     w: Tensor,
     U: Tensor,
@@ -100,8 +119,8 @@ def obs_quantize(
         d: float [K], positive.
         g_idx: int32 [K], group of each column.
         scales, zeros: float [N, groups]; read when not `dynamic`, written when `dynamic`.
-        dynamic: compute a group's grid from the updated weights when its first column is reached;
-            needs g_idx = k // group_size.
+        dynamic: compute a group's grid from the updated weights (`unrounded`) when its first column is
+            reached; needs g_idx = k // group_size.
 
     Returns:
         codes uint8 [N, K], w_hat [N, K], loss [N] (per row, in H's units).
@@ -115,9 +134,9 @@ def obs_quantize(
     for k in range(K):
         g = int(g_idx[k])
         if dynamic and k % group_size == 0:
-            # Every column of the group sees all errors made so far, also those of its own block.
-            span = slice(k, min(k + group_size, K))
-            group = w[:, span] + error[:, :k] @ U[:k, span]
+            span = slice(k, k + group_size)
+            pushed = w[:, span] + error[:, :k] @ U[:k, span]
+            group = unrounded(pushed, w[:, span], U[span, span])
             scales[:, g], zeros[:, g] = group_grid(group, bits, symmetric, clip_search, scale_dtype)
         updated = w[:, k] + error[:, :k] @ U[:k, k]
         code = quantize_to_grid(updated, scales[:, g], zeros[:, g], top)
