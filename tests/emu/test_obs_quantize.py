@@ -70,8 +70,8 @@ def test_codes_equal_the_references(case, both_orders):
 def test_rows_do_not_depend_on_their_neighbours(rows, emulator):
     w, H = problem()
     w, H = w[:, :128].contiguous(), H[:128, :128].contiguous()  # one block: no matrix product
-    whole = ops.obs_quantize(w, H, QuantFormat(4, 32))
-    part = ops.obs_quantize(w[:rows], H, QuantFormat(4, 32))
+    whole = ops.obs_quantize(w, H, QuantFormat(4, 128))
+    part = ops.obs_quantize(w[:rows], H, QuantFormat(4, 128))
     assert torch.equal(part.codes, whole.codes[:rows])
     assert torch.equal(part.loss, whole.loss[:rows])
 
