@@ -1,7 +1,7 @@
 """What each quantization option costs in quality: KL and perplexity on the bundled model.
 
 python bench/bench_quality.py                                   every variant, 4 and 3 bits, 3 seeds
-python bench/bench_quality.py --bits 3 --only act_order --only dynamic --seeds 5
+python bench/bench_quality.py --bits 3 --only defaults --only dynamic --seeds 5
 
 A seed chooses other calibration windows; shown are the mean over the seeds and, for KL, the spread
 (largest minus smallest). Time is that of quantizing alone.
@@ -28,27 +28,25 @@ from llmkern.calibrate import load_tokens
 
 MODEL, CALIBRATION, EVALUATION = bundled_model_dir(), calibration_text(), evaluation_text()
 
-STATIC = {"act_order": False, "group_scales": "static"}
-DYNAMIC = {"act_order": False, "group_scales": "dynamic"}
-ACT_ORDER = {"act_order": True, "group_scales": "static"}
+PLAIN = {"clip_search": False}
 
+# Beside the plain methods: the defaults, and the defaults with one thing changed.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rtn": ("rtn", {}),
-    "rtn asymmetric": ("rtn", {"symmetric": False}),
+    "rtn": ("rtn", PLAIN),
+    "rtn asymmetric": ("rtn", PLAIN | {"symmetric": False}),
     "rtn clip_search": ("rtn", {"clip_search": True}),
-    "gptq (defaults)": ("gptq", {}),
-    "static": ("gptq", STATIC),
-    "dynamic": ("gptq", DYNAMIC),
-    "dynamic clip_search": ("gptq", DYNAMIC | {"clip_search": True}),
-    "act_order": ("gptq", ACT_ORDER),
-    "act_order clip_search": ("gptq", ACT_ORDER | {"clip_search": True}),
-    "act_order one pass": ("gptq", ACT_ORDER | {"true_sequential": False}),
-    "act_order asymmetric": ("gptq", ACT_ORDER | {"symmetric": False}),
-    "act_order damp 0.001": ("gptq", ACT_ORDER | {"damp": 0.001}),
-    "act_order damp 0.003": ("gptq", ACT_ORDER | {"damp": 0.003}),
-    "act_order damp 0.03": ("gptq", ACT_ORDER | {"damp": 0.03}),
-    "act_order damp 0.1": ("gptq", ACT_ORDER | {"damp": 0.1}),
-    "act_order per channel": ("gptq", ACT_ORDER | {"group_size": None}),
+    "plain, natural order, static": ("gptq", PLAIN | {"act_order": False}),
+    "plain, natural order, dynamic": ("gptq", PLAIN | {"group_scales": "dynamic"}),
+    "plain, act_order": ("gptq", PLAIN),
+    "defaults": ("gptq", {}),
+    "natural order": ("gptq", {"act_order": False}),
+    "dynamic": ("gptq", {"group_scales": "dynamic"}),
+    "one pass": ("gptq", {"true_sequential": False}),
+    "asymmetric": ("gptq", {"symmetric": False}),
+    "damp 0.003": ("gptq", {"damp": 0.003}),
+    "damp 0.03": ("gptq", {"damp": 0.03}),
+    "damp 0.1": ("gptq", {"damp": 0.1}),
+    "per channel": ("gptq", {"group_size": None}),
 }
 
 

@@ -17,7 +17,8 @@ class RtnOptions:
     """Options of `rtn`.
 
     Attributes:
-        clip_search: shrink each group's range to the fraction with the least squared error.
+        clip_search: shrink each group's range to the fraction with the least squared error. Off by
+            default: plain RTN is what others compare with, and what `patch` does.
     """
 
     clip_search: bool = False
