@@ -181,7 +181,7 @@ void multiply(const W4A16GemmParams& p) {
   const int64_t N = p.w.N, K = p.w.K, columns = chunk_columns(p.w.group_size);
   const int64_t blocks = (N + kBlock - 1) / kBlock;
   // Rows at a time, whole panels unless M is less.
-  const int64_t panels_at_once = kWorkspaceBytes / (K * D * kPanel) + 1;
+  const int64_t panels_at_once = kWorkspaceBytes / (K * D * kPanel + 1) + 1;
   const int64_t step = smaller(p.M, panels_at_once * kPanel);
   const Workspace workspace(step, K, columns, D);
   static_assert(kPanel % kRows<D> == 0, "panels start with a tile of rows");

@@ -255,6 +255,9 @@ def w4a16_gemm(
     Differentiable in x and bias (the backward pass dequantizes the weight), so adapters can be
     trained on top of it.
 
+    On the CPU kernels a row of y depends on nothing but its row of x and the weight: not on M, the
+    number of threads or the instruction set. A NaN or Inf in a row of x makes that row of y NaN.
+
     Args:
         x: float32, bfloat16 or float16 [..., K], any leading shape; K a multiple of 32.
         qweight: int32 [N, K/8], the canonical layout of `llmkern.formats.int4`, or a backend's

@@ -148,6 +148,13 @@ def test_strided_bias_is_read_right(backend):
     assert_matches(y, exact(x, w, bias), F.linear(x, w.float(), bias))
 
 
+def test_no_columns_leave_the_bias():
+    bias = torch.randn(4)
+    weight = torch.empty(4, 0, dtype=torch.int32), torch.empty(4, 0)
+    y = w4a16_gemm(torch.empty(2, 0), *weight, None, bias, group_size=32)
+    assert torch.equal(y, bias.expand(2, 4))
+
+
 def test_leading_dimensions_are_kept(backend):
     x, weight, _, _ = make(Case(6, 40, 64, 32), F32)
     y = w4a16_gemm(x.view(2, 3, 64), *weight, group_size=32)
