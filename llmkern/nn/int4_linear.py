@@ -70,9 +70,6 @@ class Int4Linear(nn.Linear):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_shape: Tensor
-    _qweight: Tensor
-    _scales: Tensor
-    _zeros: Tensor | None
 
     def __init__(
         self,
@@ -105,8 +102,6 @@ class Int4Linear(nn.Linear):
             "weight_shape",
             torch.tensor([out_features, in_features], dtype=torch.int64, device=device),
         )
-        for name in _KERNEL_BUFFERS:
-            self.register_buffer(name, None, persistent=False)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=self._dtype))
         else:
@@ -316,7 +311,10 @@ class Int4Linear(nn.Linear):
     def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the kernels read: (qweight, scales, zeros) in `self._layout`."""
         if self._layout is not None:
-            return self._qweight, self._scales, self._zeros
+            qweight, scales, zeros = (self._buffers.get(name) for name in _KERNEL_BUFFERS)
+            assert qweight is not None
+            assert scales is not None
+            return qweight, scales, zeros
         packed, zeros = self.weight_packed, self.weight_zero_point
         if not is_wide(self.bits, self.group_size):
             packed, zeros = widen(packed, zeros, self.bits, self.group_size, self._shape)
@@ -337,7 +335,9 @@ class Int4Linear(nn.Linear):
                     operands = self._operands()
                     if wanted == "cpu":
                         operands = to_cpu_layout(*operands, padded_group_size(self.group_size))
-                    self._buffers.update(zip(_KERNEL_BUFFERS, operands, strict=True))
+                    for name, tensor in zip(_KERNEL_BUFFERS, operands, strict=True):
+                        if tensor is not None:
+                            self.register_buffer(name, tensor, persistent=False)
                     self._layout = wanted
                     self._buffers.update(dict.fromkeys(_FILE_BUFFERS[:3]))
         return self._layout or "canonical"
@@ -376,7 +376,9 @@ class Int4Linear(nn.Linear):
             with _repacking:
                 self._buffers.update(self._file_tensors())
                 self._layout = None
-                self._buffers.update(dict.fromkeys(_KERNEL_BUFFERS))
+                for name in _KERNEL_BUFFERS:
+                    self._buffers.pop(name, None)
+                    self._non_persistent_buffers_set.discard(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         self.restore()
@@ -398,8 +400,13 @@ class Int4Linear(nn.Linear):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        buffers = {**self._buffers, **self._file_tensors(), **dict.fromkeys(_KERNEL_BUFFERS)}
-        return {**self.__dict__, "_buffers": buffers, "_layout": None}
+        buffers = {**self._buffers, **self._file_tensors()}
+        return {
+            **self.__dict__,
+            "_buffers": {name: t for name, t in buffers.items() if name not in _KERNEL_BUFFERS},
+            "_non_persistent_buffers_set": self._non_persistent_buffers_set - {*_KERNEL_BUFFERS},
+            "_layout": None,
+        }
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

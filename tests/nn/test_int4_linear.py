@@ -274,6 +274,17 @@ def test_two_threads_may_share_the_first_pass():
             assert torch.equal(y, wanted)
 
 
+@pytest.mark.parametrize("offload_buffers", [False, True], ids=["weights", "buffers_too"])
+def test_runs_under_offloading_hooks(offload_buffers):
+    accelerate = pytest.importorskip("accelerate")
+    layer = make(CASES["three_bits_zero_points"])
+    x = torch.randn(2, 96)
+    wanted = copy.deepcopy(layer)(x)
+    model = accelerate.cpu_offload(nn.Sequential(layer), "cpu", offload_buffers=offload_buffers)
+    for _ in range(2):
+        assert torch.equal(model(x), wanted)
+
+
 def test_weight_answers_without_expanding(monkeypatch):
     layer = make(CASES["three_bits"]).bfloat16()
     monkeypatch.setattr(Int4Linear, "dequantize", None)
