@@ -93,7 +93,9 @@ def unrounded(pushed: Tensor, w: Tensor, U: Tensor) -> Tensor:
     Returns:
         w' of the group: w'_k = pushed_k + sum_{j<k} (w_j - w'_j) U_jk.
     """
-    moved = torch.linalg.solve_triangular(U, pushed - w, upper=True, left=False, unitriangular=True)
+    moved: Tensor = torch.linalg.solve_triangular(
+        U, pushed - w, upper=True, left=False, unitriangular=True
+    )
     return w + moved
 
 
