@@ -26,6 +26,8 @@ constexpr int64_t kPanel = 192;
 constexpr int64_t kWorkspaceBytes = 32 << 20;
 // Multiplications below which waking the other threads costs more than it gains.
 constexpr int64_t kParallelWork = 1 << 19;
+// Elements of x below which one thread splits them all.
+constexpr int64_t kParallelSplit = 1 << 16;
 
 // x of some rows as digits. Tiles of kRows<D> rows (fewer at the end) are stored one after another.
 struct Digits {
@@ -185,14 +187,14 @@ void multiply(const W4A16GemmParams& p) {
   const int64_t step = smaller(p.M, panels_at_once * kPanel);
   const Workspace workspace(step, K, columns, D);
   static_assert(kPanel % kRows<D> == 0, "panels start with a tile of rows");
-#pragma omp parallel if (p.M * N * K >= kParallelWork)
   for (int64_t m0 = 0; m0 < p.M; m0 += step) {
     const Digits digits = workspace.digits(smaller(step, p.M - m0), K, columns);
     const int64_t panels = (digits.rows + kPanel - 1) / kPanel;
-#pragma omp for schedule(static)
+    // A few rows are split by one thread: every barrier waits for the slowest.
+#pragma omp parallel for schedule(static) if (digits.rows * K >= kParallelSplit)
     for (int64_t i = 0; i < digits.rows * digits.chunks; ++i)
       split<D>(p, m0, digits, i / digits.chunks, i % digits.chunks);
-#pragma omp for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (digits.rows * N * K >= kParallelWork)
     for (int64_t i = 0; i < panels * blocks; ++i) {
       const int64_t first = i / blocks * kPanel;
       multiply_block<D>(p, digits, m0, i % blocks * kBlock, first,
