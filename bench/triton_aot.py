@@ -35,8 +35,6 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-import llmkern.reference.obs_quantize as obs_reference
-
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may have
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -148,23 +146,21 @@ def _hessian(K: int, dtype: torch.dtype, T: int = 8192) -> None:
     hessian_update.launch(torch.empty(K, K), torch.empty(T, K, dtype=dtype), 0.1)
 
 
-def _obs(N: int, symmetric: bool, clip_search: bool, fit: bool, columns: int = 128) -> None:
-    K, group_size = 4096, 128
-    grid = torch.empty(N, K // group_size)
+def _obs(N: int, groups: int = 32, columns: int = 128) -> None:
+    K = 4096
+    grid = torch.empty(N, groups)
     obs_quantize.launch_block(
         torch.empty(N, K),
         torch.empty(K, K),
         torch.empty(K),
         torch.empty(K, dtype=torch.int32),
-        *(fit, 4, group_size, symmetric, clip_search, BF16),
+        4,
         torch.empty(N, K, dtype=torch.uint8),
         grid,
         torch.empty_like(grid),
         torch.empty(N, K),
         torch.empty(N),
-        *(128, 128 + columns, fit, torch.empty(N, 128)),
-        clip_steps=obs_reference.CLIP_STEPS,
-        clip_min=obs_reference.CLIP_MIN,
+        *(128, 128 + columns, torch.empty(N, 128)),
     )
 
 
@@ -191,19 +187,16 @@ CASES: dict[str, Callable[[], None]] = {
     "hessian": partial(_hessian, 4096, BF16),
     "hessian small": partial(_hessian, 1024, F16),
     "hessian float32": partial(_hessian, 4096, F32),
-    "obs dynamic clip": partial(_obs, 4096, False, True, True),
-    "obs dynamic clip, fewer rows": partial(_obs, 1536, False, True, True),
-    "obs dynamic clip, few rows": partial(_obs, 256, False, True, True),
-    "obs dynamic symmetric": partial(_obs, 4096, True, False, True),
-    "obs static": partial(_obs, 4096, False, False, False),
+    "obs": partial(_obs, 4096),
+    "obs, fewer rows": partial(_obs, 1536),
+    "obs, few rows": partial(_obs, 256),
     # Triton turns arguments of value 1 into constants, which have no methods.
     "w4a16 one output": partial(_gemm, 1, 1, 4096, 4096, BF16),
     "w4a16 one row of w": partial(_gemm, 2, 1, 32, 32, BF16),
     "w4a16 float32, one row of w": partial(_gemm, 5, 1, 32, 32, F32),
     "dequantize one row": partial(_dequantize, 1, 32, 32, BF16),
     "hessian of one number": partial(_hessian, 1, BF16, 1),
-    "obs of one number": partial(_obs, 1, False, True, True, 1),
-    "obs static, one number": partial(_obs, 1, True, False, False, 1),
+    "obs of one number": partial(_obs, 1, 1, 1),
 }
 
 

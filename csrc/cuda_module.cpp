@@ -100,20 +100,14 @@ PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
       "obs_quantize_block",
       [](uintptr_t w, uintptr_t U, uintptr_t d, uintptr_t g_idx, uintptr_t codes, uintptr_t scales,
          uintptr_t zeros, uintptr_t w_hat, uintptr_t loss, uintptr_t error, int64_t N, int64_t K,
-         int64_t group_size, int bits, bool symmetric, bool clip_search, int scales_dtype,
-         int64_t first, int64_t last, int64_t error_stride, bool fit, int device,
+         int64_t groups, int bits, int64_t first, int64_t last, int64_t error_stride, int device,
          uintptr_t stream) {
         const DeviceGuard guard(device);
         cuda::obs_quantize_block(
-            {{pointer<float>(w), pointer<float>(U), pointer<float>(d), pointer<int32_t>(g_idx),
-              pointer<uint8_t>(codes), pointer<float>(scales), pointer<float>(zeros),
-              pointer<float>(w_hat), pointer<float>(loss), N, K, group_size, bits, fit, symmetric,
-              clip_search, DType(scales_dtype)},
-             first,
-             last,
-             error_stride,
-             pointer<float>(error),
-             fit},
+            {pointer<float>(w), pointer<float>(U), pointer<float>(d), pointer<int32_t>(g_idx),
+             pointer<uint8_t>(codes), pointer<float>(scales), pointer<float>(zeros),
+             pointer<float>(w_hat), pointer<float>(loss), pointer<float>(error), N, K, groups, bits,
+             first, last, error_stride},
             pointer<void>(stream));
       },
       unlocked);

@@ -82,10 +82,19 @@ struct ObsQuantizeParams {
 // Columns first..last-1 of that loop, as llmkern/ops/_obs_blocks.py launches them: there w_hat
 // holds the updated weights and gets the quantized ones; loss is added to.
 struct ObsBlockParams {
-  ObsQuantizeParams op;
+  const float* w;        // [N, K], columns in visiting order
+  const float* U;        // [K, K], strict upper triangle read
+  const float* d;        // [K]
+  const int32_t* g_idx;  // [K]
+  uint8_t* codes;        // [N, K]
+  const float* scales;   // [N, groups]
+  const float* zeros;    // [N, groups]
+  float* w_hat;          // [N, K]
+  float* loss;           // [N]
+  float* error;          // [N, last - first], row stride error_stride: w - w_hat
+  int64_t N, K, groups;
+  int32_t bits;
   int64_t first, last, error_stride;
-  float* error;  // [N, last - first], row stride error_stride: w - w_hat
-  bool fit;      // compute scales and zeros of each group on reaching its first column
 };
 
 }  // namespace llmkern

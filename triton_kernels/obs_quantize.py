@@ -18,9 +18,7 @@ import triton
 import triton.language as tl
 
 from .device import DEFAULT_SMS, num_sms, on_device
-from .numerics import narrow, round_even
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+from .numerics import round_even
 
 
 @dataclass(frozen=True)
@@ -46,67 +44,6 @@ def _quantize(w, scale, zero, TOP: tl.constexpr):
 
 
 @triton.jit
-def _grid(
-    low,
-    high,
-    fraction,
-    TOP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
-):
-    """Scale and zero point of the range [low, high] * fraction."""
-    scale = tl.div_rn((high - low) * fraction, tl.full(low.shape, TOP, tl.float32))
-    scale = narrow(scale, SCALE_DTYPE).to(tl.float32)
-    scale = tl.where(scale > 0, scale, 1.0)
-    if SYMMETRIC:
-        zero = tl.full(low.shape, (TOP + 1) // 2, tl.float32)
-    else:
-        zero = round_even(tl.div_rn(-low * fraction, scale))
-        zero = tl.minimum(tl.maximum(zero, 0.0), TOP * 1.0)
-    return scale, zero
-
-
-@triton.jit
-def _squared_error(w, scale, zero, TOP: tl.constexpr):
-    error = scale[:, None] * (_quantize(w, scale[:, None], zero[:, None], TOP) - zero[:, None]) - w
-    return tl.sum(error * error, axis=1)
-
-
-@triton.jit
-def fit_grid(
-    group,
-    TOP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    CLIP_STEPS: tl.constexpr,
-    CLIP_MIN: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
-):
-    """Scale and zero point of each row of `group`, whose columns outside the group are 0.
-
-    Those zeros change nothing: every range contains 0 and every grid represents it.
-    """
-    low = tl.minimum(tl.min(group, axis=1), 0.0)
-    high = tl.maximum(tl.max(group, axis=1), 0.0)
-    if SYMMETRIC:
-        high = tl.maximum(-low, high)
-        low = -high
-    scale, zero = _grid(low, high, 1.0, TOP, SYMMETRIC, SCALE_DTYPE)
-    if CLIP_STEPS > 1:
-        best = _squared_error(group, scale, zero, TOP)
-        for step in range(1, CLIP_STEPS):
-            # In float64, then rounded, to be the fraction that Python computes.
-            shrink = tl.full((), 1.0 - CLIP_MIN, tl.float64) * step / (CLIP_STEPS - 1)
-            fraction = (1.0 - shrink).to(tl.float32)
-            candidate, centre = _grid(low, high, fraction, TOP, SYMMETRIC, SCALE_DTYPE)
-            error = _squared_error(group, candidate, centre, TOP)
-            better = error < best
-            best = tl.where(better, error, best)
-            scale = tl.where(better, candidate, scale)
-            zero = tl.where(better, centre, zero)
-    return scale, zero
-
-
-@triton.jit
 def obs_quantize_kernel(
     w_ptr,
     U_ptr,
@@ -120,55 +57,33 @@ def obs_quantize_kernel(
     error_ptr,
     N,
     K,
+    groups,
     size,
-    GROUP_SIZE: tl.constexpr,
-    FIT: tl.constexpr,
     TOP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    CLIP_STEPS: tl.constexpr,
-    CLIP_MIN: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Columns 0 .. size-1 of the matrices, whose pointers stand at the block's first column.
 
-    w, codes and w_hat have rows of K elements, U too; error has rows of BLOCK_K. w_hat comes in with the
-    updated weights. With FIT every group's grid is computed at its first column, else scales and zeros
-    are read.
+    w, codes and w_hat have rows of K elements, U too; scales and zeros have rows of `groups`, error of
+    BLOCK_K. w_hat comes in with the updated weights.
     """
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     cols = tl.arange(0, BLOCK_K)
     mask_n = rows < N
     mask = mask_n[:, None] & (cols < size)[None, :]
     tile = rows[:, None] * K + cols[None, :]
-    grid = rows * (K // GROUP_SIZE)
+    grid = rows * groups
     work = tl.load(w_hat_ptr + tile, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_K]
     loss = tl.zeros((BLOCK_N,), tl.float32)
-    scale = tl.full((BLOCK_N,), 1.0, tl.float32)
-    zero = tl.zeros((BLOCK_N,), tl.float32)
     for c in range(size):
         # Loads that the chain does not wait for come first.
         original = tl.load(w_ptr + rows * K + c, mask=mask_n, other=0.0)
         u = tl.load(U_ptr + c * K + cols, mask=(cols > c) & (cols < size), other=0.0)
         d = tl.load(d_ptr + c)
         g = tl.load(g_idx_ptr + c)
-        if FIT:
-            if c % GROUP_SIZE == 0:
-                inside = (cols >= c) & (cols < c + GROUP_SIZE)
-                scale, zero = fit_grid(
-                    tl.where(inside[None, :], work, 0.0),
-                    TOP,
-                    SYMMETRIC,
-                    CLIP_STEPS,
-                    CLIP_MIN,
-                    SCALE_DTYPE,
-                )
-                tl.store(scales_ptr + grid + g, scale, mask=mask_n)
-                tl.store(zeros_ptr + grid + g, zero, mask=mask_n)
-        else:
-            scale = tl.load(scales_ptr + grid + g, mask=mask_n, other=1.0)
-            zero = tl.load(zeros_ptr + grid + g, mask=mask_n, other=0.0)
+        scale = tl.load(scales_ptr + grid + g, mask=mask_n, other=1.0)
+        zero = tl.load(zeros_ptr + grid + g, mask=mask_n, other=0.0)
         here = (cols == c)[None, :]
         updated = tl.sum(tl.where(here, work, 0.0), axis=1)
         code = _quantize(updated, scale, zero, TOP)
@@ -190,12 +105,7 @@ def launch_block(
     U: torch.Tensor,
     d: torch.Tensor,
     g_idx: torch.Tensor,
-    dynamic: bool,
     bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
@@ -203,16 +113,9 @@ def launch_block(
     loss: torch.Tensor,
     first: int,
     last: int,
-    fit: bool,
     error: torch.Tensor,
-    *,
-    clip_steps: int,
-    clip_min: float,
 ) -> None:
-    """Quantize columns first .. last-1; a LaunchBlock of llmkern/ops/_obs_blocks.py.
-
-    clip_steps and clip_min are the reference's CLIP_STEPS and CLIP_MIN.
-    """
+    """Quantize columns first .. last-1; a LaunchBlock of llmkern/ops/_obs_blocks.py."""
     N, K = w.shape
     config = select_config(N, num_sms(w))
     with on_device(w):
@@ -229,14 +132,9 @@ def launch_block(
             error,
             N,
             K,
+            scales.shape[1],
             last - first,
-            GROUP_SIZE=group_size,
-            FIT=fit,
             TOP=(1 << bits) - 1,
-            SYMMETRIC=symmetric,
-            CLIP_STEPS=clip_steps if fit and clip_search else 1,
-            CLIP_MIN=clip_min,
-            SCALE_DTYPE=DTYPES[scale_dtype],
             BLOCK_N=config.BLOCK_N,
             BLOCK_K=error.shape[1],
             num_warps=config.num_warps,

@@ -18,11 +18,10 @@ from llmkern.reference.obs_quantize import group_grid, unrounded
 
 BLOCK_SIZE = 128  # columns per launch; the errors' buffer has this many
 
-# Called with the op's arguments and outputs in run_blocks' order, then first, last, fit, error: quantize
-# columns first..last-1 of w_hat, which hold the updated weights, in place. Reads w, U, d and g_idx there;
-# writes codes and w_hat there, error[:, :last - first] (= w - w_hat), and adds to loss. If `fit`, it also
-# computes scales and zeros of each group on reaching the group's first column; every group that it
-# meets then lies inside the block.
+# Called with w, U, d, g_idx, bits, codes, scales, zeros, w_hat, loss, first, last, error: quantize
+# columns first..last-1 of w_hat, which hold the updated weights, in place. Reads w, U, d and g_idx there,
+# and scales and zeros of the groups that it meets; writes codes and w_hat there,
+# error[:, :last - first] (= w - w_hat), and adds to loss.
 LaunchBlock = Callable[..., None]
 
 
@@ -72,8 +71,7 @@ def run_blocks(
     Allocates the errors of one block, float32 [N, BLOCK_SIZE]. Synchronizes nothing.
     """
     K = w.shape[1]
-    grid = (dynamic, bits, group_size, symmetric, clip_search, scale_dtype)
-    args = (w, U, d, g_idx, *grid, codes, scales, zeros, w_hat, loss)
+    args = (w, U, d, g_idx, bits, codes, scales, zeros, w_hat, loss)
     error = w.new_empty(w.shape[0], BLOCK_SIZE)
     w_hat.copy_(w)
     loss.zero_()
@@ -85,6 +83,6 @@ def run_blocks(
                 scales[:, g], zeros[:, g] = group_grid(
                     group, bits, symmetric, clip_search, scale_dtype
                 )
-            launch_block(*args, first, last, False, error)
+            launch_block(*args, first, last, error)
             if last < K:
                 w_hat[:, last:].addmm_(error[:, : last - first], U[first:last, last:])

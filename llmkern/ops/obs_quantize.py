@@ -7,7 +7,6 @@ GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the one-Cholesky form of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -89,12 +88,7 @@ def _launch_cuda_block(
     U: Tensor,
     d: Tensor,
     g_idx: Tensor,
-    dynamic: bool,
     bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
@@ -102,7 +96,6 @@ def _launch_cuda_block(
     loss: Tensor,
     first: int,
     last: int,
-    fit: bool,
     error: Tensor,
 ) -> None:
     module, _ = _backends.compiled_module("_cuda")
@@ -110,15 +103,11 @@ def _launch_cuda_block(
     module.obs_quantize_block(
         *(pointer(t) for t in (w, U, d, g_idx, codes, scales, zeros, w_hat, loss, error)),
         *w.shape,
-        group_size,
+        scales.shape[1],
         bits,
-        symmetric,
-        clip_search,
-        DTYPE_CODES[scale_dtype],
         first,
         last,
         error.stride(0),
-        fit,
         *_backends.cuda_queue(w.device),
     )
 
@@ -134,8 +123,7 @@ def _refuse_triton(w: Tensor, *args: Any) -> str | None:
 def _launch_triton(*args: Any) -> None:
     from llmkern.triton_kernels.obs_quantize import launch_block
 
-    clip = {"clip_steps": _reference.CLIP_STEPS, "clip_min": _reference.CLIP_MIN}
-    run_blocks(partial(launch_block, **clip), *args)
+    run_blocks(launch_block, *args)
 
 
 def _refuse_cpu(w: Tensor, *args: object) -> str | None:

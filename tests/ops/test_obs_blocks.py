@@ -15,12 +15,7 @@ def torch_block(
     U: Tensor,
     d: Tensor,
     g_idx: Tensor,
-    dynamic: bool,
     bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
@@ -28,19 +23,12 @@ def torch_block(
     loss: Tensor,
     first: int,
     last: int,
-    fit: bool,
     error: Tensor,
 ) -> None:
     work = w_hat[:, first:last].clone()
     E = torch.zeros_like(work)
     for k in range(first, last):
         i, g = k - first, int(g_idx[k])
-        if fit and k % group_size == 0:
-            group = work[:, i : i + group_size]
-            assert group.shape[1] == group_size, "a group straddles two blocks"
-            group = group + E[:, :i] @ U[first:k, k : k + group_size]
-            grid = group_grid(group, bits, symmetric, clip_search, scale_dtype)
-            scales[:, g], zeros[:, g] = grid
         updated = work[:, i] + E[:, :i] @ U[first:k, k]
         code = quantize_to_grid(updated, scales[:, g], zeros[:, g], (1 << bits) - 1)
         w_hat[:, k] = scales[:, g] * (code - zeros[:, g])

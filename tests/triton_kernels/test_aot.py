@@ -112,4 +112,3 @@ def test_every_tile_of_the_other_kernels_is_compiled(rows: list[dict[str, Any]],
     assert compiled(rows, "obs_quantize_kernel", arch, "BLOCK_N", "num_warps") == {
         (c.BLOCK_N, c.num_warps) for c in blocks
     }
-    assert compiled(rows, "obs_quantize_kernel", arch, "FIT") == {(True,), (False,)}

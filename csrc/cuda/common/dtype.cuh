@@ -21,13 +21,6 @@ __device__ __forceinline__ void store(__nv_bfloat16* out, float v) {
 }
 __device__ __forceinline__ void store(__half* out, float v) { *out = __float2half_rn(v); }
 
-// v rounded to `dtype` and back.
-__device__ __forceinline__ float round_to(float v, DType dtype) {
-  if (dtype == DType::kBFloat16) return __bfloat162float(__float2bfloat16_rn(v));
-  if (dtype == DType::kFloat16) return __half2float(__float2half_rn(v));
-  return v;
-}
-
 // Element i of an array whose type is known at run time only: for one load per scale group, where a
 // template parameter would triple the kernels and save nothing.
 __device__ __forceinline__ float load_as(const void* array, int64_t i, DType dtype) {
