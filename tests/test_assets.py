@@ -72,11 +72,15 @@ def test_held_out_perplexity_is_as_recorded(tokenizer, model, record):
 
 
 def test_generates_python_deterministically(tokenizer, model):
-    prompt = tokenizer("class Parser:\n    def __init__(self", return_tensors="pt")
-    first, second = (
-        tokenizer.decode(model.generate(**prompt, max_new_tokens=64, do_sample=False)[0])
-        for _ in range(2)
-    )
-    assert first == second
-    assert "self." in first
-    assert "):\n        " in first
+    def continuations() -> str:
+        texts = []
+        for start in ("class Parser:\n    def __init__(self", "def read_", "import os\n"):
+            prompt = tokenizer(start, return_tensors="pt")
+            new = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0]
+            texts.append(tokenizer.decode(new[prompt.input_ids.shape[1] :]))
+        return "\n".join(texts)
+
+    generated = continuations()
+    assert generated == continuations()
+    # Which of them greedy search meets depends on the weights; text that has none is not Python.
+    assert sum(w in generated for w in ("def ", "return ", "import ", "self", "):\n    ")) >= 3
