@@ -57,6 +57,15 @@ lint: $(READY)
 	$(BIN)clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 	$(BIN)mypy
 
+# The CPU kernels under AddressSanitizer and UBSan, on every instruction set that this machine has.
+sanitize: SANITIZERS = -fsanitize=address,undefined
+sanitize: $(READY)
+	LLMKERN_BUILD_CUDA=0 CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=undefined -O1 -g" \
+	  LDFLAGS="$(SANITIZERS)" $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib $(PY) -m pytest -q tests/ops \
+	  -k "cpu and not opcheck and not compile" $(ARGS)
+
 # Incremental: ninja compiles what changed.
 build: $(READY)
 	@$(PY) setup.py -q build_ext --inplace

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -76,13 +77,11 @@ class NinjaBuild(build_ext):
 
         name = ext.name.rsplit(".", 1)[-1]
         # One folder for installs, editable installs and in-place builds, so that each finds the
-        # other's objects.
-        temp = (
-            ROOT
-            / "build"
-            / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-            / name
-        )
+        # other's objects; another one for each set of flags that the user adds.
+        flags = os.environ.get("CXXFLAGS", "")
+        tag = f"-{zlib.crc32(flags.encode()):08x}" if flags else ""
+        build = f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}{tag}"
+        temp = ROOT / "build" / build / name
         temp.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

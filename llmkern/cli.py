@@ -25,7 +25,9 @@ console = Console()
 Model = Annotated[
     str, typer.Argument(metavar="MODEL_DIR", help="Directory of a Hugging Face model.")
 ]
-SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens per window; by default a token tensor's width, else 512.")
+]
 DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
 ]
@@ -82,7 +84,7 @@ def quantize(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: SeqLen = 512,
+    seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
     damp: Annotated[
         float, typer.Option(help="Damping: fraction of the Hessian's mean diagonal.")
@@ -152,7 +154,7 @@ def evaluate(
     tokens: Annotated[
         Path | None, typer.Option(help="int64 [n, seq_len]: .pt, .safetensors.")
     ] = None,
-    seq_len: SeqLen = 512,
+    seq_len: SeqLen = None,
     reference: Annotated[
         str | None,
         typer.Option(help="Model to compare with: adds KL divergence and top-1 agreement."),

@@ -60,7 +60,7 @@ def demo_table(report: dict[str, Any]) -> str:
         "model",
         "perplexity",
         "KL to fp32 (nats)",
-        "weights (MB)",
+        "file (MB)",
         "decode (tokens/s)",
         "seconds",
     )
@@ -70,7 +70,7 @@ def demo_table(report: dict[str, Any]) -> str:
             row["name"],
             f"{row['perplexity']:.3f}",
             "–" if row["kl"] is None else f"{row['kl']:.4f}",
-            f"{row['weight_bytes'] / 1e6:.2f}",
+            f"{row['file_bytes'] / 1e6:.2f}",
             f"{row['decode_tokens_per_s']:.0f}",
             f"{row['seconds']:.1f}",
         )
