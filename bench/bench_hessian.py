@@ -74,6 +74,7 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="TxK, repeatable")] = None,
     rounds: Annotated[int, typer.Option(help="visits per contender")] = 15,
     json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Time hessian_update beside torch."""
 
@@ -81,6 +82,7 @@ def main(
         for text in shape or SHAPES:
             yield make_case(*(int(part) for part in text.split("x")))
 
+    torch.set_default_device(device)
     options = harness.Options(rounds=rounds, json_path=json)
     harness.run("hessian_update", cases(), "torch float32", options)
 

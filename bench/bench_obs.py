@@ -165,6 +165,7 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="NxK, repeatable")] = None,
     rounds: Annotated[int, typer.Option(help="visits per contender")] = 3,
     json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Time obs_quantize beside its peers."""
 
@@ -172,6 +173,7 @@ def main(
         for text in shape or SHAPES:
             yield make_case(*(int(part) for part in text.split("x")))
 
+    torch.set_default_device(device)
     options = harness.Options(rounds=rounds, burst_s=0, json_path=json)
     harness.run("obs_quantize", cases(), "torch loop", options)
 

@@ -47,11 +47,18 @@ class Ring:
 def _llmkern(
     x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], w: Tensor, ring_bytes: int
 ) -> Contender:
-    # Packing anew for each copy, not cloning, is what puts it on huge pages, as a model's weights are.
-    ring = Ring(lambda: to_cpu_layout(*weight, GROUP_SIZE), w.numel() // 2, ring_bytes)
+    layout = "cpu" if x.device.type == "cpu" else "canonical"
+
+    def make() -> tuple[Tensor, ...]:
+        if layout == "canonical":
+            return tuple(t.clone() for t in weight if t is not None)
+        # Packing anew, not cloning, puts each copy on huge pages, as a model's weights are.
+        return to_cpu_layout(*weight, GROUP_SIZE)
+
+    ring = Ring(make, w.numel() // 2, ring_bytes)
 
     def run(i: int) -> Tensor:
-        return w4a16_gemm(x, *ring[i], group_size=GROUP_SIZE, layout="cpu")
+        return w4a16_gemm(x, *ring[i], group_size=GROUP_SIZE, layout=layout)
 
     name = f"llmkern {str(x.dtype).removeprefix('torch.')}"
     spec = x.double() @ w.double().t()
@@ -69,6 +76,8 @@ def _torch_dense(x: Tensor, w: Tensor, ring_bytes: int) -> Contender:
 def _aten_int4pack(
     x: Tensor, codes: Tensor, scales: Tensor, w: Tensor, ring_bytes: int
 ) -> Contender:
+    if x.device.type != "cpu":
+        return harness.missing("aten int4pack", "its GPU kernel reads another layout")
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     s = scales.t().to(x.dtype)
     # Its zero point is an offset of the centre code 8: none for a symmetric weight.
@@ -144,6 +153,7 @@ def main(
     m: Annotated[list[int] | None, typer.Option(help="rows of x, repeatable")] = None,
     rounds: Annotated[int, typer.Option(help="visits per contender")] = 15,
     json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Time w4a16_gemm beside its peers."""
 
@@ -153,6 +163,7 @@ def main(
             for M in m or ROWS:
                 yield make_case(M, K, N)
 
+    torch.set_default_device(device)
     options = harness.Options(rounds=rounds, json_path=json)
     harness.run("w4a16_gemm", cases(), "torch bfloat16", options)
 

@@ -147,7 +147,9 @@ def missing(name: str, why: str) -> Contender:
 @cache
 def read_bandwidth() -> float:
     """Bytes per second of reading a buffer of `RING_BYTES` on huge pages, all threads, best of 15."""
-    buffer = empty_huge((RING_BYTES // 8,), torch.int64).fill_(1)
+    on_gpu = torch.get_default_device().type == "cuda"
+    empty = torch.empty if on_gpu else empty_huge
+    buffer = empty((RING_BYTES // 8,), dtype=torch.int64).fill_(1)
     return RING_BYTES / min(_seconds(buffer.sum) for _ in range(15))
 
 
@@ -159,9 +161,17 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
+    _wait()
     start = time.perf_counter()
     work()
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    """Until the GPU has done its work, where the contenders run on one."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def environment() -> dict[str, Any]:
@@ -178,6 +188,7 @@ def environment() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _git("describe", "--always", "--dirty"),
         "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "isa": cpu.isa() if cpu else None,
         "versions": versions,
@@ -213,9 +224,11 @@ def measure(case: Case, peaks: Peaks, options: Options, baseline: str) -> list[T
     position = 2
     for _ in range(options.rounds):
         for contender, _, calls, samples in live:
+            _wait()
             start = time.perf_counter()
             for i in range(position, position + calls):
                 contender.run(i)
+            _wait()
             samples.append((time.perf_counter() - start) / calls)
         position += max((calls for _, _, calls, _ in live), default=0)
     for _, timing, _, samples in live:

@@ -23,10 +23,12 @@ BENCHES = ("bench_w4a16_gemm", "bench_hessian", "bench_obs")
 
 def main(
     output: Annotated[Path | None, typer.Option(help="Result file.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="Names of benches, repeatable.")] = None,
 ) -> None:
     """Run the benches in fresh processes and merge what they write."""
-    machine = harness.environment()["cpu"]
+    found = harness.environment()
+    machine = found["gpu"] if device == "cuda" else found["cpu"]
     name = (
         f"{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}-{time.strftime('%Y%m%d')}.json"
     )
@@ -36,6 +38,7 @@ def main(
     for bench in only or BENCHES:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, str(HERE / f"{bench}.py"), "--json", file.name]
+            command += ["--device", device]
             subprocess.run(command, check=True)
             results[bench] = json.loads(Path(file.name).read_text())
         output.write_text(json.dumps(results, indent=1) + "\n")
