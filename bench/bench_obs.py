@@ -11,6 +11,7 @@ original weights, which accounts for a few tenths of a per cent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,6 +165,7 @@ def test_contender(benchmark: Any, contender: Contender) -> None:
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="NxK, repeatable")] = None,
     rounds: Annotated[int, typer.Option(help="visits per contender")] = 3,
+    skip: Annotated[list[str] | None, typer.Option(help="contender to leave out")] = None,
     json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
@@ -171,7 +173,9 @@ def main(
 
     def cases() -> Iterator[Case]:
         for text in shape or SHAPES:
-            yield make_case(*(int(part) for part in text.split("x")))
+            case = make_case(*(int(part) for part in text.split("x")))
+            kept = [c for c in case.contenders if c.name not in (skip or ())]
+            yield replace(case, contenders=kept)
 
     torch.set_default_device(device)
     options = harness.Options(rounds=rounds, burst_s=0, json_path=json)

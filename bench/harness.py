@@ -98,7 +98,7 @@ class Options:
 
     Attributes:
         rounds: visits per contender.
-        burst_s: least seconds per visit.
+        burst_s: least seconds per visit; 0 for one call.
         json_path: file to write, or None.
     """
 
@@ -219,8 +219,7 @@ def measure(case: Case, peaks: Peaks, options: Options, baseline: str) -> list[T
         if timing.problem is None:
             timing.problem = contender.mismatch(contender.run(0))
         if timing.problem is None:
-            seconds = _seconds(lambda run=contender.run: run(1))
-            live.append((contender, timing, max(1, round(options.burst_s / seconds)), []))
+            live.append((contender, timing, _calls(contender, options), []))
     position = 2
     for _ in range(options.rounds):
         for contender, _, calls, samples in live:
@@ -238,6 +237,13 @@ def measure(case: Case, peaks: Peaks, options: Options, baseline: str) -> list[T
         )
     _compare(timings, baseline)
     return timings
+
+
+def _calls(contender: Contender, options: Options) -> int:
+    """How many calls make a visit of `burst_s` seconds; a job of seconds is not run to find out."""
+    if not options.burst_s:
+        return 1
+    return max(1, round(options.burst_s / _seconds(lambda: contender.run(1))))
 
 
 def _compare(timings: list[Timing], baseline: str) -> None:

@@ -247,6 +247,19 @@ def held_out_loss(model: LlamaForCausalLM, ids: list[int], loss: Loss = next_tok
     return sum(loss(model, batch).item() for batch in batches) / len(batches)
 
 
+def save_checkpoint(
+    path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], state: dict
+) -> None:
+    """Writes aside first: an interrupted save must not cost the previous checkpoint."""
+    content = {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "state": state,
+    }
+    torch.save(content, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
 @app.command()
 def train(
     work_dir: WorkDir,
@@ -273,7 +286,7 @@ def train(
 
     checkpoint = work_dir / "checkpoint.pt"
     if checkpoint.exists():
-        saved = torch.load(checkpoint)
+        saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(content)
@@ -319,14 +332,7 @@ def train(
             }
             started, recent = time.perf_counter(), []
             tqdm.write(json.dumps(entry))
-            content = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "state": state,
-            }
-            # Written aside first: an interrupted save must not cost the previous checkpoint.
-            torch.save(content, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            save_checkpoint(checkpoint, model, optimizers, state)
 
 
 @app.command()
