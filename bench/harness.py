@@ -232,9 +232,8 @@ def measure(case: Case, peaks: Peaks, options: Options, baseline: str) -> list[T
         position += max((calls for _, _, calls, _ in live), default=0)
     for _, timing, _, samples in live:
         timing.median = statistics.median(samples)
-        timing.p20, *_, timing.p80 = (
-            statistics.quantiles(samples, n=5) if len(samples) > 1 else samples
-        )
+        spread = statistics.quantiles(samples, n=5) if len(samples) > 1 else samples
+        timing.p20, timing.p80 = spread[0], spread[-1]
     _compare(timings, baseline)
     return timings
 
