@@ -112,7 +112,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "model",
         "perplexity",
         "KL to fp32 (nats)",
-        "weights (MB)",
+        "file (MB)",
         "decode (tokens/s)",
         "quantize (s)",
     )
