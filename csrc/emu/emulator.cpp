@@ -3,74 +3,23 @@
 
 #include "emu/emulator.h"
 
-#include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
-#include <cstring>
 #include <iterator>
-#include <memory>
 #include <mutex>
 #include <stdexcept>
-#include <string>
-#include <vector>
+
+#include "emu/internal.h"
 
 namespace llmkern::emu {
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
-constexpr size_t kGuardBytes = 1024;  // on each side of a shared array
-constexpr size_t kMaxSharedBytes = 48 << 10;
-constexpr uint8_t kPoison = 0xff;        // a NaN in every float type, -1 in integers
-constexpr uint16_t kGuardWord = 0x7ff3;  // another NaN in every float type
 
-enum class State { kReady, kAtBarrier, kAtWarpOperation, kDone };
-
-struct Fiber {
-  jmp_buf resume;
-  ucontext_t entry;
-  bool started;
-  State state;
-  Index index;
-  Site site;
-  uint32_t mask;
-  WarpOperation run;
-  void* args;
-};
-
-struct SharedArray {
-  Site site;
-  size_t bytes;
-  std::vector<uint8_t> memory;  // guard, alignment slack, array, guard
-  uint8_t* data;
-};
-
-struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<std::unique_ptr<SharedArray>> arrays;
-  size_t dynamic_bytes;
-  const std::function<void()>* body;
-  std::string error;
-};
-
-Block block;
-Fiber* running;
 jmp_buf scheduler;
 Order order = Order::kForward;
-
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
-
-std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
-
-std::string text(Index i) {
-  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
-}
-
-std::string here(const Fiber& fiber) {
-  return "thread " + text(fiber.index) + " of block " + text(block_index);
-}
 
 // One stack per fiber with an unmapped page below it, kept from one launch to the next.
 class Stacks {
@@ -93,12 +42,9 @@ class Stacks {
 
 Stacks stacks;
 
-void yield() {
-  if (_setjmp(running->resume) == 0) _longjmp(scheduler, 1);
-}
-
 void fiber_main() {
-  (*block.body)();
+  (*cluster.body)();
+  check_copies_of_thread();
   running->state = State::kDone;
   _longjmp(scheduler, 1);
 }
@@ -136,115 +82,180 @@ class FaultHandlers {
 void resume(Fiber& fiber) {
   running = &fiber;
   thread_index = fiber.index;
+  block_index = fiber.block->index;
   if (_setjmp(scheduler) != 0) return;
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
   setcontext(&fiber.entry);
 }
 
-void start_threads() {
+void start_threads(Block& block, size_t first_stack) {
   const size_t threads = size_t{block_extent.x} * block_extent.y * block_extent.z;
   block.fibers.assign(threads, Fiber());
   for (size_t i = 0; i < threads; i++) {
     Fiber& fiber = block.fibers[i];
     const auto t = static_cast<unsigned>(i);
+    fiber.block = &block;
     fiber.index = {t % block_extent.x, t / block_extent.x % block_extent.y,
                    t / (block_extent.x * block_extent.y)};
     getcontext(&fiber.entry);
-    fiber.entry.uc_stack.ss_sp = stacks[i];
+    fiber.entry.uc_stack.ss_sp = stacks[first_stack + i];
     fiber.entry.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.entry, fiber_main, 0);
   }
 }
 
-// Every thread is blocked or done: opens the barrier, or says who is missing. False if all are
-// done.
-bool open_barrier() {
-  const Fiber *waiting = nullptr, *done = nullptr;
-  for (const Fiber& fiber : block.fibers) {
-    if (fiber.state == State::kDone) done = &fiber;
-    if (fiber.state == State::kAtWarpOperation)
-      throw std::runtime_error("divergent warp: " + here(fiber) + " waits at " + text(fiber.site) +
-                               " for lanes of its mask that never come there");
-    if (fiber.state != State::kAtBarrier) continue;
-    if (waiting && !same(waiting->site, fiber.site))
-      throw std::runtime_error("divergent barrier: " + here(*waiting) + " waits at " +
-                               text(waiting->site) + ", " + here(fiber) + " at " +
-                               text(fiber.site));
-    waiting = &fiber;
-  }
-  if (!waiting) return false;
-  if (done)
-    throw std::runtime_error("divergent barrier: " + here(*waiting) + " waits at " +
-                             text(waiting->site) + ", " + here(*done) + " has ended");
-  for (Fiber& fiber : block.fibers) fiber.state = State::kReady;
+// Are all threads of the block waiting in `state` for the same call?
+bool all_at(const Block& block, State state, Site site) {
+  for (const Fiber& fiber : block.fibers)
+    if (fiber.state != state || !same(fiber.site, site)) return false;
   return true;
 }
 
-void check_guards() {
-  for (const auto& array : block.arrays) {
-    auto* before = reinterpret_cast<const uint16_t*>(array->data - kGuardBytes);
-    auto* after = reinterpret_cast<const uint16_t*>(array->data + (array->bytes + 1) / 2 * 2);
-    for (size_t i = 0; i < kGuardBytes / 2; i++) {
-      if (before[i] == kGuardWord && after[i] == kGuardWord) continue;
-      throw std::runtime_error("write outside the shared array declared at " + text(array->site) +
-                               ", block " + text(block_index));
-    }
-  }
+void make_ready(Block& block) {
+  for (Fiber& fiber : block.fibers) fiber.state = State::kReady;
 }
 
-void run_block() {
-  block.arrays.clear();
-  start_threads();
-  const size_t threads = block.fibers.size();
-  bool progress = true;
-  while (progress || open_barrier()) {
-    progress = false;
-    for (size_t i = 0; i < threads; i++) {
-      Fiber& fiber = block.fibers[order == Order::kForward ? i : threads - 1 - i];
-      if (fiber.state != State::kReady) continue;
-      progress = true;
-      resume(fiber);
-      if (!block.error.empty()) throw std::runtime_error(block.error);
+bool open_barriers() {
+  bool opened = false, all_at_cluster_barrier = true;
+  const Site site = cluster.blocks[0].fibers[0].site;
+  for (Block& block : cluster.blocks) {
+    if (all_at(block, State::kAtBarrier, block.fibers[0].site)) {
+      make_ready(block);
+      opened = true;
     }
+    all_at_cluster_barrier &= all_at(block, State::kAtClusterBarrier, site);
   }
-  check_guards();
+  if (!all_at_cluster_barrier) return opened;
+  for (Block& block : cluster.blocks) make_ready(block);
+  return true;
 }
 
-void run_blocks() {
-  const uint64_t blocks = uint64_t{grid_extent.x} * grid_extent.y * grid_extent.z;
-  for (uint64_t step = 0; step < blocks; step++) {
-    const uint64_t b = order == Order::kForward ? step : blocks - 1 - step;
-    const uint64_t layer = uint64_t{grid_extent.x} * grid_extent.y;
-    block_index = {static_cast<unsigned>(b % grid_extent.x),
+// Who waits at a barrier, and who is not there.
+std::string explain_barrier(const Fiber& waiting) {
+  const bool whole_cluster = waiting.state == State::kAtClusterBarrier;
+  for (const Block& block : cluster.blocks) {
+    if (!whole_cluster && &block != waiting.block) continue;
+    for (const Fiber& other : block.fibers) {
+      if (other.state == waiting.state && same(other.site, waiting.site)) continue;
+      return "divergent barrier: " + name(waiting) + " waits at " + text(waiting.site) + ", " +
+             name(other) + (other.state == State::kDone ? " has ended" : " at " + text(other.site));
+    }
+  }
+  return "";
+}
+
+// Why none of the threads that are left can go on: the first of each kind that waits.
+std::string explain_deadlock() {
+  std::string warp, mbarrier, barrier;
+  for (const Block& block : cluster.blocks)
+    for (const Fiber& fiber : block.fibers) {
+      if (fiber.state == State::kDone) continue;
+      const std::string waits = name(fiber) + " waits at " + text(fiber.site);
+      if (fiber.state == State::kAtWarpOperation && warp.empty())
+        warp = "divergent warp: " + waits + " for lanes of its mask that never come there";
+      if (fiber.state == State::kAtMbarrier && mbarrier.empty())
+        mbarrier = "deadlock: " + waits + " for the phase of parity " +
+                   std::to_string(fiber.parity) + " of the " + describe(block, *fiber.mbarrier);
+      if ((fiber.state == State::kAtBarrier || fiber.state == State::kAtClusterBarrier) &&
+          barrier.empty())
+        barrier = explain_barrier(fiber);
+    }
+  std::string all = mbarrier;
+  for (const std::string& part : {warp, barrier})
+    if (!part.empty()) all += (all.empty() ? "" : "; ") + part;
+  return all;
+}
+
+bool all_done() {
+  for (const Block& block : cluster.blocks)
+    for (const Fiber& fiber : block.fibers)
+      if (fiber.state != State::kDone) return false;
+  return true;
+}
+
+// Gives each thread that can go on its turn. False if there is none.
+bool run_threads() {
+  const size_t threads = cluster.blocks[0].fibers.size();
+  const size_t all = cluster.blocks.size() * threads;
+  bool progress = false;
+  for (size_t step = 0; step < all; step++) {
+    const size_t i = order == Order::kForward ? step : all - 1 - step;
+    Fiber& fiber = cluster.blocks[i / threads].fibers[i % threads];
+    if (fiber.state == State::kAtMbarrier && completed(*fiber.mbarrier, fiber.parity))
+      fiber.state = State::kReady;
+    if (fiber.state != State::kReady) continue;
+    progress = true;
+    resume(fiber);
+    if (!cluster.error.empty()) throw std::runtime_error(cluster.error);
+  }
+  return progress;
+}
+
+// Copies land as late as they can: when every thread waits for something.
+void run_cluster(uint64_t first_block) {
+  const uint64_t layer = uint64_t{grid_extent.x} * grid_extent.y;
+  cluster.blocks = std::vector<Block>(cluster.launch.cluster);
+  for (size_t rank = 0; rank < cluster.blocks.size(); rank++) {
+    const uint64_t b = first_block + rank;
+    Block& block = cluster.blocks[rank];
+    block.index = {static_cast<unsigned>(b % grid_extent.x),
                    static_cast<unsigned>(b / grid_extent.x % grid_extent.y),
                    static_cast<unsigned>(b / layer)};
-    run_block();
+    start_threads(block, rank * block_extent.x * block_extent.y * block_extent.z);
   }
+  while (run_threads() || open_barriers() || land_awaited_copies()) continue;
+  if (!all_done()) throw std::runtime_error(explain_deadlock());
+  for (const Block& block : cluster.blocks) {
+    check_guards(block);
+    check_copies_of_block(block);
+  }
+}
+
+void run_clusters() {
+  const uint64_t blocks = uint64_t{grid_extent.x} * grid_extent.y * grid_extent.z;
+  const uint64_t clusters = blocks / cluster.launch.cluster;
+  for (uint64_t step = 0; step < clusters; step++)
+    run_cluster((order == Order::kForward ? step : clusters - 1 - step) * cluster.launch.cluster);
 }
 
 }  // namespace
 
+std::string text(Site site) {
+  return site.line ? std::string(site.file) + ":" + std::to_string(site.line) : site.file;
+}
+
+std::string text(Index i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+
+std::string name(const Fiber& fiber) {
+  return "thread " + text(fiber.index) + " of block " + text(fiber.block->index);
+}
+
 void set_order(Order value) { order = value; }
 
-void run_grid(Extent grid, Extent extent, size_t dynamic_shared_bytes,
-              const std::function<void()>& body) {
+void run_grid(const Launch& launch, const std::function<void()>& body) {
   static std::mutex one_launch;
   const std::lock_guard<std::mutex> lock(one_launch);
-  grid_extent = grid;
-  block_extent = extent;
-  block.body = &body;
-  block.dynamic_bytes = dynamic_shared_bytes;
-  block.error.clear();
+  grid_extent = launch.grid;
+  block_extent = launch.block;
+  cluster.launch = launch;
+  cluster.body = &body;
+  cluster.error.clear();
   const FaultHandlers handlers;
   if (const int signal_number = sigsetjmp(fault_return, 1)) {
     const bool address = signal_number == SIGSEGV || signal_number == SIGBUS;
     throw std::runtime_error(
         std::string(address ? "illegal memory access"
                             : "misaligned access, array index out of range or bad arithmetic") +
-        " by " + here(*running));
+        " by " + name(*running));
   }
-  run_blocks();
+  run_clusters();
+}
+
+void yield() {
+  if (_setjmp(running->resume) == 0) _longjmp(scheduler, 1);
 }
 
 void block_barrier(Site site) {
@@ -253,8 +264,15 @@ void block_barrier(Site site) {
   yield();
 }
 
+void cluster_barrier(Site site) {
+  running->state = State::kAtClusterBarrier;
+  running->site = site;
+  yield();
+}
+
 void warp_operation(uint32_t mask, Site site, WarpOperation run, void* args) {
-  const size_t thread = running - block.fibers.data();
+  std::vector<Fiber>& fibers = running->block->fibers;
+  const size_t thread = running - fibers.data();
   const size_t first = thread / 32 * 32;
   if (!(mask >> (thread - first) & 1)) fail("lane not in its own mask", site);
   running->state = State::kAtWarpOperation;
@@ -265,8 +283,8 @@ void warp_operation(uint32_t mask, Site site, WarpOperation run, void* args) {
   void* lane_args[32] = {};
   for (size_t lane = 0; lane < 32; lane++) {
     if (!(mask >> lane & 1)) continue;
-    if (first + lane >= block.fibers.size()) fail("mask names lanes past the block's end", site);
-    const Fiber& fiber = block.fibers[first + lane];
+    if (first + lane >= fibers.size()) fail("mask names lanes past the block's end", site);
+    const Fiber& fiber = fibers[first + lane];
     const bool arrived = fiber.state == State::kAtWarpOperation && fiber.mask == mask &&
                          fiber.run == run && same(fiber.site, site);
     if (!arrived) return yield();
@@ -274,37 +292,12 @@ void warp_operation(uint32_t mask, Site site, WarpOperation run, void* args) {
   }
   run(lane_args, mask);
   for (size_t lane = 0; lane < 32; lane++)
-    if (mask >> lane & 1) block.fibers[first + lane].state = State::kReady;
+    if (mask >> lane & 1) fibers[first + lane].state = State::kReady;
 }
 
 void fail(const char* what, Site site) {
-  block.error = std::string(what) + ": " + here(*running) + " at " + text(site);
+  cluster.error = std::string(what) + ": " + name(*running) + " at " + text(site);
   _longjmp(scheduler, 1);
 }
-
-void* shared_array(Site site, size_t bytes) {
-  size_t total = bytes;
-  for (const auto& array : block.arrays) {
-    if (same(array->site, site)) return array->data;
-    total += array->bytes;
-  }
-  if (total > kMaxSharedBytes) fail("more than 48 KB of shared memory", site);
-  auto array = std::make_unique<SharedArray>();
-  array->site = site;
-  array->bytes = bytes;
-  array->memory.resize(2 * kGuardBytes + bytes + 32);
-  const auto start = reinterpret_cast<uintptr_t>(array->memory.data()) + kGuardBytes;
-  array->data = reinterpret_cast<uint8_t*>((start + 15) / 16 * 16);
-  auto* after = array->data + (bytes + 1) / 2 * 2;
-  for (size_t i = 0; i < kGuardBytes; i += 2) {
-    std::memcpy(array->data - kGuardBytes + i, &kGuardWord, 2);
-    std::memcpy(after + i, &kGuardWord, 2);
-  }
-  std::memset(array->data, kPoison, bytes);
-  block.arrays.push_back(std::move(array));
-  return block.arrays.back()->data;
-}
-
-void* dynamic_shared() { return shared_array({"dynamic shared memory", 0}, block.dynamic_bytes); }
 
 }  // namespace llmkern::emu

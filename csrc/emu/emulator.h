@@ -1,5 +1,6 @@
-// Runs a CUDA grid on the host: blocks one after another, the threads of a block as fibers that
-// switch at barriers and warp operations only. See README.md for what that can and cannot show.
+// Runs a CUDA grid on the host: clusters one after another, the threads of a cluster's blocks as
+// fibers that switch at barriers and warp operations only. See README.md for what that can and
+// cannot show.
 #pragma once
 
 #include <cstddef>
@@ -28,29 +29,44 @@ struct Site {
   int line;
 };
 
-// Order in which the threads of a block, and the blocks of a grid, run between barriers. A kernel
-// without races gives the same bits in each.
+// Order in which the threads of a cluster, and the clusters of a grid, run between barriers. A
+// kernel without races gives the same bits in each.
 enum class Order { kForward, kReverse };
 void set_order(Order order);
 
+struct Launch {
+  Extent grid, block;
+  unsigned cluster = 1;             // blocks, along x
+  size_t dynamic_shared_bytes = 0;  // per block
+  size_t max_shared_bytes = 0;      // per block, static arrays included
+};
+
 // Calls body() once per thread. Throws std::runtime_error on whatever of README.md's list goes
 // wrong.
-void run_grid(Extent grid, Extent block, size_t dynamic_shared_bytes,
-              const std::function<void()>& body);
+void run_grid(const Launch& launch, const std::function<void()>& body);
 
 // __syncthreads(): every thread of the block must come to the same call.
 void block_barrier(Site site);
 
+// The same for every thread of the cluster.
+void cluster_barrier(Site site);
+
 // An operation of the lanes in `mask` of a warp: waits until each of them has come to the same
 // call, then run(args, mask) is called once with every lane's arguments (null for lanes outside the
-// mask). Shuffles, votes and __syncwarp are made of it, and so can matrix instructions be.
+// mask). Shuffles, votes, __syncwarp and the matrix instructions are made of it.
 using WarpOperation = void (*)(void* const* args, uint32_t mask);
 void warp_operation(uint32_t mask, Site site, WarpOperation run, void* args);
+
+// The running thread's place in its warp.
+inline int lane() {
+  return (thread_index.x + block_extent.x * (thread_index.y + block_extent.y * thread_index.z)) %
+         32;
+}
 
 // Ends the launch with an error raised by the running thread.
 [[noreturn]] void fail(const char* what, Site site);
 
-// The block's array declared at `site`, poisoned with NaN and guarded on both sides.
+// The block's array declared at `site`, poisoned and guarded on both sides.
 void* shared_array(Site site, size_t bytes);
 
 // The block's dynamic shared memory, likewise.

@@ -72,7 +72,9 @@ def build_for_host() -> Callable[[str, list[Path]], Path]:
 def emulator_module() -> ModuleType:
     csrc = ROOT / "csrc"
     sources = sorted((csrc / "cuda").glob("*.cu"))
-    path = build("_emu.so", [*sources, csrc / "emu" / "emulator.cpp", csrc / "cuda_module.cpp"])
+    path = build(
+        "_emu.so", [*sources, *sorted((csrc / "emu").glob("*.cpp")), csrc / "cuda_module.cpp"]
+    )
     spec = importlib.util.spec_from_file_location("_emu", path)
     assert spec is not None
     assert spec.loader is not None
