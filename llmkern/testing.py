@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmkern.formats.int4 import pack_codes, pack_zeros
+from llmkern.formats.lut4 import NF4_CODEBOOK
 
 
 def assert_matches(out: Tensor, spec: Tensor, like: Tensor, slack: float = 2.0) -> None:
@@ -59,3 +60,29 @@ def random_int4_weight(
     if not symmetric:
         zeros = pack_zeros(torch.randint(0, 16, (N, groups), dtype=torch.uint8), 4)
     return pack_codes(codes, 4), scales, zeros
+
+
+def random_lut4_weight(
+    N: int,
+    K: int,
+    group_size: int,
+    *,
+    book: str = "nf4",
+    scale_dtype: torch.dtype | None = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random qweight, codebook and scales in the canonical layout, of about unit norm per row.
+
+    Args:
+        N, K, group_size: of the weight.
+        book: "nf4", "tensor" (a random book), "row" or "group".
+        scale_dtype: None for no scales.
+    """
+    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    shapes = {"tensor": (16,), "row": (N, 16), "group": (N, K // group_size, 16)}
+    codebook = NF4_CODEBOOK.clone() if book == "nf4" else torch.randn(shapes[book])
+    scales = None
+    if scale_dtype is None:
+        codebook /= K**0.5
+    else:
+        scales = ((torch.rand(N, K // group_size) + 0.5) / K**0.5).to(scale_dtype)
+    return pack_codes(codes, 4), codebook, scales

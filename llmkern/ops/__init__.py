@@ -3,10 +3,14 @@
 from llmkern.ops._hessian_factor import HessianFactor, factorize_hessian
 from llmkern.ops._rounding import round_to_nearest
 from llmkern.ops.dequantize_int4 import dequantize_int4
+from llmkern.ops.dequantize_lut4 import dequantize_lut4
 from llmkern.ops.hessian_update import hessian_update
+from llmkern.ops.lut4_gemm import lut4_gemm
 from llmkern.ops.obs_quantize import ObsResult, obs_quantize, quantize_grid
 from llmkern.ops.w4a16_gemm import w4a16_gemm
 
+# Ops whose row is complete: a kernel in every backend. lut4_gemm lacks some yet; dequantize_lut4 needs
+# none on a GPU.
 OPS = ("dequantize_int4", "hessian_update", "obs_quantize", "w4a16_gemm")
 
 __all__ = [
@@ -14,8 +18,10 @@ __all__ = [
     "HessianFactor",
     "ObsResult",
     "dequantize_int4",
+    "dequantize_lut4",
     "factorize_hessian",
     "hessian_update",
+    "lut4_gemm",
     "obs_quantize",
     "quantize_grid",
     "round_to_nearest",

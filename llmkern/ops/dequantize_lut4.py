@@ -1,0 +1,111 @@
+"""dequantize_lut4: dense weight from codes into a book, w = scales * codebook[codes].
+
+On a GPU this is torch's gather: it is no part of a forward pass, only of the backward pass and of
+exports.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmkern import _backends
+from llmkern._backends import Backend
+from llmkern.ops._library import FLOATS, register
+from llmkern.ops._lut4_weight import canonical_qweight, check_weight, weight_shape
+from llmkern.reference.lut4_gemm import dequantize_lut4 as _reference
+
+SCHEMA = (
+    "dequantize_lut4(Tensor qweight, Tensor codebook, Tensor? scales, int group_size, str layout, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+def _launch_reference(
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    qweight = canonical_qweight(qweight, layout)
+    out.copy_(_reference(qweight, codebook, scales, group_size, out.dtype))
+
+
+BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+
+
+def _check(
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> None:
+    check_weight("dequantize_lut4", qweight, codebook, scales, group_size, layout)
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"dequantize_lut4: dtype: got {dtype}, expected float32, bfloat16 or float16"
+        )
+
+
+def _fake(
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(qweight, codebook, scales, group_size, layout, dtype)
+    return qweight.new_empty(weight_shape(qweight, layout), dtype=dtype)
+
+
+def _run(
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = _fake(qweight, codebook, scales, group_size, layout, dtype)
+    args = (qweight, codebook, scales, group_size, layout)
+    _backends.choose("dequantize_lut4", BACKENDS, *args, out).launch(*args, out)
+    return out
+
+
+_op = register(SCHEMA, _run, _fake)
+
+
+def dequantize_lut4(
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None = None,
+    *,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "canonical",
+) -> Tensor:
+    """Dense weight: w[n, k] = scales[n, g] * codebook[.., codes[n, k]], g = k // group_size.
+
+    Args:
+        qweight: int32 [N, K/8], the canonical layout of `llmkern.formats.lut4`, or a backend's
+            repacked one as named by `layout`.
+        codebook: float32 [16], [N, 16] or [N, K/group_size, 16].
+        scales: float32, bfloat16 or float16 [N, K/group_size], or None for the constant 1.
+        group_size: K-elements per scale, a multiple of 32 that divides K.
+        dtype: of the result.
+        layout: "canonical" or "cpu".
+
+    Returns:
+        [N, K] in `dtype`; the product is formed in float32 and rounded once.
+
+    Raises:
+        ValueError: an argument's dtype, shape, device or layout is not as above.
+        NotImplementedError: a backend was forced that cannot serve the call.
+    """
+    w: Tensor = _op(qweight, codebook, scales, group_size, layout, dtype)
+    return w
