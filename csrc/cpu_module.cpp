@@ -19,6 +19,8 @@ struct Kernels {
   bool (*supported)();
   void (*w4a16_gemm)(const W4A16GemmParams&);
   void (*dequantize_int4)(const DequantizeInt4Params&);
+  void (*lut4_gemm)(const Lut4GemmParams&);
+  void (*dequantize_lut4)(const DequantizeLut4Params&);
   void (*hessian_update)(const HessianUpdateParams&);
   bool (*hessian_factor)(const HessianFactorParams&);
   void (*obs_quantize)(const ObsQuantizeParams&);
@@ -29,6 +31,8 @@ struct Kernels {
    supported,                           \
    isa::w4a16_gemm,                     \
    isa::dequantize_int4,                \
+   isa::lut4_gemm,                      \
+   isa::dequantize_lut4,                \
    isa::hessian_update,                 \
    isa::hessian_factor,                 \
    isa::obs_quantize}
@@ -97,6 +101,24 @@ Int4Weight int4_weight(uintptr_t qweight, uintptr_t scales, uintptr_t zeros, int
           DType(scales_dtype),    Int4Layout(layout)};
 }
 
+// `books` says what has a book of its own: 0 the tensor, 1 each row, 2 each group.
+Lut4Weight lut4_weight(uintptr_t qweight, uintptr_t codebook, uintptr_t scales, int64_t N,
+                       int64_t K, int64_t group_size, int books, int scales_dtype, int layout) {
+  const int64_t groups = K / group_size;
+  return {pointer<void>(qweight),
+          pointer<float>(codebook),
+          pointer<void>(scales),
+          N,
+          K,
+          group_size,
+          books == 2   ? groups * 16
+          : books == 1 ? 16
+                       : 0,
+          books == 2 ? 16 : 0,
+          DType(scales_dtype),
+          Lut4Layout(layout)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -121,6 +143,26 @@ PYBIND11_MODULE(_cpu, m) {
          int64_t group_size, int dtype, int scales_dtype, int layout) {
         active->dequantize_int4(
             {int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype, layout),
+             pointer<void>(out), DType(dtype)});
+      },
+      unlocked);
+  m.def(
+      "lut4_gemm",
+      [](uintptr_t x, uintptr_t qweight, uintptr_t codebook, uintptr_t scales, uintptr_t bias,
+         uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t group_size,
+         int books, int dtype, int scales_dtype, int layout) {
+        active->lut4_gemm(
+            {pointer<void>(x),
+             lut4_weight(qweight, codebook, scales, N, K, group_size, books, scales_dtype, layout),
+             pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype)});
+      },
+      unlocked);
+  m.def(
+      "dequantize_lut4",
+      [](uintptr_t qweight, uintptr_t codebook, uintptr_t scales, uintptr_t out, int64_t N,
+         int64_t K, int64_t group_size, int books, int dtype, int scales_dtype, int layout) {
+        active->dequantize_lut4(
+            {lut4_weight(qweight, codebook, scales, N, K, group_size, books, scales_dtype, layout),
              pointer<void>(out), DType(dtype)});
       },
       unlocked);

@@ -42,6 +42,36 @@ struct DequantizeInt4Params {
   DType dtype;
 };
 
+// Layouts of 4-bit codes into a book; the pictures are in llmkern/formats/lut4*.py.
+enum class Lut4Layout : int32_t { kCanonical = 0, kCpu = 1 };
+
+// w[n, k] = scales[n, k / group_size] * codebook[.., codes[n, k]]
+struct Lut4Weight {
+  const void* qweight;
+  const float* codebook;  // 16 entries for row n, group g at n * book_row_stride + g *
+                          // book_group_stride; both 0 for one book
+  const void* scales;     // [N, K/group_size], or null: 1
+  int64_t N, K, group_size, book_row_stride, book_group_stride;
+  DType scales_dtype;
+  Lut4Layout layout;
+};
+
+// out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]
+struct Lut4GemmParams {
+  const void* x;  // [M, K], row stride x_stride, unit column stride
+  Lut4Weight w;
+  const void* bias;  // [N] in dtype, or null
+  void* out;         // [M, N]
+  int64_t M, x_stride;
+  DType dtype;  // of x, bias and out
+};
+
+struct DequantizeLut4Params {
+  Lut4Weight w;
+  void* out;  // [N, K]
+  DType dtype;
+};
+
 // lower triangle of H[i, j] += alpha * sum_t x[t, i] * x[t, j]
 struct HessianUpdateParams {
   float* H;       // [K, K]

@@ -6,12 +6,14 @@ exports.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._library import FLOATS, register
+from llmkern.ops._library import DTYPE_CODES, FLOATS, LAYOUT_CODES, pointer, register
 from llmkern.ops._lut4_weight import canonical_qweight, check_weight, weight_shape
 from llmkern.reference.lut4_gemm import dequantize_lut4 as _reference
 
@@ -19,6 +21,33 @@ SCHEMA = (
     "dequantize_lut4(Tensor qweight, Tensor codebook, Tensor? scales, int group_size, str layout, "
     "ScalarType dtype) -> Tensor"
 )
+
+
+def _refuse_cpu(qweight: Tensor, *_: Any) -> str | None:
+    return _backends.refuse_cpu(qweight.device.type)
+
+
+def _launch_cpu(
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    kernels: Any = _backends.compiled_module("_cpu")[0]
+    kernels.dequantize_lut4(
+        qweight.data_ptr(),
+        codebook.data_ptr(),
+        pointer(scales),
+        out.data_ptr(),
+        *out.shape,
+        group_size,
+        codebook.dim() - 1,
+        DTYPE_CODES[out.dtype],
+        0 if scales is None else DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
+    )
 
 
 def _launch_reference(
@@ -33,7 +62,10 @@ def _launch_reference(
     out.copy_(_reference(qweight, codebook, scales, group_size, out.dtype))
 
 
-BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+BACKENDS = (
+    Backend("cpu", _refuse_cpu, _launch_cpu),
+    Backend("reference", _backends.never_refuse, _launch_reference),
+)
 
 
 def _check(

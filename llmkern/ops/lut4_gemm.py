@@ -13,7 +13,15 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._library import FLOATS, LIBRARY, expect, register
+from llmkern.ops._library import (
+    DTYPE_CODES,
+    FLOATS,
+    LAYOUT_CODES,
+    LIBRARY,
+    expect,
+    pointer,
+    register,
+)
 from llmkern.ops._lut4_weight import canonical_qweight, check_weight, weight_shape
 from llmkern.ops.dequantize_lut4 import dequantize_lut4
 from llmkern.reference.lut4_gemm import lut4_gemm as _reference
@@ -22,6 +30,39 @@ SCHEMA = (
     "lut4_gemm(Tensor x, Tensor qweight, Tensor codebook, Tensor? scales, Tensor? bias, "
     "int group_size, str layout) -> Tensor"
 )
+
+
+def _refuse_cpu(x: Tensor, *_: Any) -> str | None:
+    return _backends.refuse_cpu(x.device.type)
+
+
+def _launch_cpu(
+    x: Tensor,
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    kernels: Any = _backends.compiled_module("_cpu")[0]
+    kernels.lut4_gemm(
+        x.data_ptr(),
+        qweight.data_ptr(),
+        codebook.data_ptr(),
+        pointer(scales),
+        pointer(bias),
+        out.data_ptr(),
+        *out.shape,
+        x.shape[1],
+        x.stride(0),
+        group_size,
+        codebook.dim() - 1,
+        DTYPE_CODES[x.dtype],
+        0 if scales is None else DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
+    )
 
 
 def _launch_reference(
@@ -38,7 +79,10 @@ def _launch_reference(
     out.copy_(_reference(x, qweight, codebook, scales, bias, group_size))
 
 
-BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+BACKENDS = (
+    Backend("cpu", _refuse_cpu, _launch_cpu),
+    Backend("reference", _backends.never_refuse, _launch_reference),
+)
 
 
 def _check(
