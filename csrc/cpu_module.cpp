@@ -9,6 +9,14 @@
 
 #include "cpu/kernels.h"
 
+#ifdef LLMKERN_X86
+#include <cpuid.h>
+#endif
+#if defined(LLMKERN_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace py = pybind11;
 using namespace llmkern;
 
@@ -37,18 +45,33 @@ struct Kernels {
    isa::hessian_factor,                 \
    isa::obs_quantize}
 
+#ifdef LLMKERN_X86
+bool has_avx512bf16() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+// Tiles exist, and the system lets this process use them: Linux wants to be asked first.
+bool has_amx() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kAll = kBF16 | kTile | kInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512bf16() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first.
 const Kernels kKernels[] = {
 #ifdef LLMKERN_X86
-    LLMKERN_KERNELS(avx512bf16,
-                    [] {
-                      return __builtin_cpu_supports("avx512bf16") &&
-                             __builtin_cpu_supports("avx512vbmi") &&
-                             __builtin_cpu_supports("avx512vnni") &&
-                             __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl");
-                    }),
+    LLMKERN_KERNELS(amx, has_amx),
+    LLMKERN_KERNELS(avx512bf16, has_avx512bf16),
     LLMKERN_KERNELS(avx512,
                     [] {
                       return __builtin_cpu_supports("avx512f") &&

@@ -98,8 +98,9 @@ inline void dot_registers(const Tile& tile, int64_t quads, const int32_t* x, con
       Ints codes[2 * U];
       for (int u = 0; u < U; ++u) {
         const uint8_t* at = q + (quad + s) * kQuadBytes + u * kLanes * 4;
-        // Beyond the reach of the hardware prefetcher, which stops at 4 KB pages.
-        if (R == 1) __builtin_prefetch(at + 4096);
+        // Beyond the reach of the hardware prefetcher, which stops at 4 KB pages, and into L2: the
+        // L1 cache can wait for too few lines at a time to keep the memory busy.
+        if (R == 1) __builtin_prefetch(at + 4096, 0, 2);
         const Ints packed = load(at);
         codes[2 * u] = low_nibbles(packed);
         codes[2 * u + 1] = high_nibbles(packed);

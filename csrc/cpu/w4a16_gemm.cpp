@@ -7,28 +7,22 @@
 // a float32 accumulator would keep). Inside a chunk the sums are exact; a chunk's sum enters the
 // float32 accumulator once, times scale, in ascending k. So a row's result depends on nothing but
 // that row and the weight: not on M, on its neighbours, on the number of threads or on the
-// instruction set.
+// instruction set. The exception is bfloat16 x on AMX from kBf16Rows rows on (w4a16_amx_bf16.h): as
+// exact in the products, it sums in float32.
 //
 // A row's chunk with a NaN or an Inf makes the row's outputs NaN.
-#include <math.h>
-
-#include <new>
-
+#include "digits.h"
 #include "int4_dot.h"
 #include "kernels.h"
+#include "w4a16_amx_bf16.h"
+#include "w4a16_amx_int8.h"
+#include "w4a16_block.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
 // Rows of x that pass over a block's tiles together: their accumulators stay in the L2 cache.
 constexpr int64_t kPanel = 192;
-// Bound on the digits of x that exist at a time.
-constexpr int64_t kWorkspaceBytes = 32 << 20;
-// Multiplications below which waking the other threads costs more than it gains.
-constexpr int64_t kParallelWork = 1 << 19;
-// Elements of x below which one thread splits them all.
-constexpr int64_t kParallelSplit = 1 << 16;
-
 // x of some rows as digits. Tiles of kRows<D> rows (fewer at the end) are stored one after another.
 struct Digits {
   int32_t* x;       // tile: [K / 4][rows][D], four columns per dword
@@ -36,46 +30,6 @@ struct Digits {
   float* scales;    // [rows][chunks], a power of two; NaN if the chunk is not finite
   int64_t rows, K, columns, chunks;
 };
-
-class Workspace {
- public:
-  Workspace(int64_t rows, int64_t K, int64_t columns, int D)
-      : chunks_(K / columns),
-        sums_at_(rows * K / 4 * D),
-        scales_at_(sums_at_ + rows * chunks_ * D),
-        data_(static_cast<int32_t*>(operator new((scales_at_ + rows * chunks_) * 4,
-                                                 std::align_val_t(64)))) {}
-  ~Workspace() { operator delete(data_, std::align_val_t(64)); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  Digits digits(int64_t rows, int64_t K, int64_t columns) const {
-    return {data_,   data_ + sums_at_, reinterpret_cast<float*>(data_ + scales_at_), rows, K,
-            columns, chunks_};
-  }
-
- private:
-  int64_t chunks_, sums_at_, scales_at_;
-  int32_t* data_;
-};
-
-// Largest number that D signed 8-bit digits can hold, rounded down to a float.
-template <int D>
-constexpr float kLargest = D == 2   ? 32639.f
-                           : D == 3 ? 8355711.f
-                                    : 2139062016.f;
-
-// fixed = round(x * factor); x * factor fits.
-inline void to_fixed(const float* x, float factor, int64_t n, int32_t* fixed) {
-#ifdef __AVX2__
-  for (int64_t i = 0; i < n; i += 8)
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(fixed + i),
-        _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(factor))));
-#else
-  for (int64_t i = 0; i < n; ++i) fixed[i] = int32_t(rintf(x[i] * factor));
-#endif
-}
 
 // Chunk c of row m of x into its digits.
 template <int D>
@@ -85,33 +39,14 @@ void split(const W4A16GemmParams& p, int64_t m0, const Digits& digits, int64_t m
   int32_t* out = digits.x + (tile * digits.K + c * n * rows) / 4 * D + at;
   int32_t* sums = digits.x_sums + (tile * digits.chunks + c * rows) * D + at;
   alignas(64) float x[kMaxChunk];
+  ChunkDigits<D> chunk;
   to_float(p.x, (m0 + m) * p.x_stride + c * n, p.dtype, n, x);
-  uint32_t top = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
-    top = magnitude > top ? magnitude : top;
-  }
-  const bool finite = top < 0x7f800000;
-  // What is below 2^-126, the smallest normal float, is cut off: the factor would overflow.
-  int32_t shift = int32_t(smaller(8 * D - 2 + 127 - int32_t(top >> 23), 126));
-  if (finite && bits_float(top) * bits_float(uint32_t(shift + 127) << 23) > kLargest<D>) --shift;
-  const float factor = finite ? bits_float(uint32_t(shift + 127) << 23) : 0;
-  digits.scales[m * digits.chunks + c] =
-      finite ? bits_float(uint32_t(127 - shift) << 23) : bits_float(0x7fc00000);
-  alignas(64) int32_t fixed[kMaxChunk];
-  if (finite)
-    to_fixed(x, factor, n, fixed);
-  else
-    memset(fixed, 0, sizeof(fixed));
+  split_chunk(x, n, chunk);
+  digits.scales[m * digits.chunks + c] = chunk.scale;
   for (int d = 0; d < D; ++d) {
-    alignas(64) int8_t digit[kMaxChunk];
     int32_t sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      digit[i] = int8_t(fixed[i]);
-      fixed[i] = (fixed[i] - digit[i]) >> 8;
-      sum += digit[i];
-    }
-    for (int64_t q = 0; q < n / 4; ++q) memcpy(out + q * rows * D + d, digit + 4 * q, 4);
+    for (int64_t i = 0; i < n; ++i) sum += chunk.digit[d][i];
+    for (int64_t q = 0; q < n / 4; ++q) memcpy(out + q * rows * D + d, chunk.digit[d] + 4 * q, 4);
     sums[d] = sum & 0xffff;
   }
 }
@@ -168,14 +103,7 @@ void multiply_block(const W4A16GemmParams& p, const Digits& digits, int64_t m0, 
       multiply_tile<D>(tile, digits, row, smaller(kRows<D>, last - row), c,
                        acc + (row - first) * kBlock);
   }
-  const int64_t count = smaller(kBlock, p.w.N - n0);
-  float bias[kBlock] = {};
-  if (p.bias) to_float(p.bias, n0, p.dtype, count, bias);
-  for (int64_t row = first; row < last; ++row) {
-    float* y = acc + (row - first) * kBlock;
-    for (int64_t n = 0; n < kBlock; ++n) y[n] += bias[n];
-    from_float(y, count, p.dtype, p.out, (m0 + row) * p.w.N + n0);
-  }
+  store_block(p, acc, m0 + first, last - first, n0);
 }
 
 template <int D>
@@ -185,10 +113,15 @@ void multiply(const W4A16GemmParams& p) {
   // Rows at a time, whole panels unless M is less.
   const int64_t panels_at_once = kWorkspaceBytes / (K * D * kPanel + 1) + 1;
   const int64_t step = smaller(p.M, panels_at_once * kPanel);
-  const Workspace workspace(step, K, columns, D);
+  const int64_t chunks = K / columns, sums_at = step * K / 4 * D,
+                scales_at = sums_at + step * chunks * D;
+  const Buffer buffer((scales_at + step * chunks) * 4);
+  int32_t* x = static_cast<int32_t*>(buffer.data());
   static_assert(kPanel % kRows<D> == 0, "panels start with a tile of rows");
   for (int64_t m0 = 0; m0 < p.M; m0 += step) {
-    const Digits digits = workspace.digits(smaller(step, p.M - m0), K, columns);
+    const Digits digits = {
+        x,       x + sums_at, reinterpret_cast<float*>(x + scales_at), smaller(step, p.M - m0), K,
+        columns, chunks};
     const int64_t panels = (digits.rows + kPanel - 1) / kPanel;
     // A few rows are split by one thread: every barrier waits for the slowest.
 #pragma omp parallel for schedule(static) if (digits.rows * K >= kParallelSplit)
@@ -203,13 +136,25 @@ void multiply(const W4A16GemmParams& p) {
   }
 }
 
+// Rows of x from which bfloat16 tiles are faster than digits.
+[[maybe_unused]] constexpr int64_t kBf16Rows = 5;
+
+template <int D>
+void run(const W4A16GemmParams& p) {
+#ifdef __AMX_INT8__
+  if (p.dtype == DType::kBFloat16 && p.M >= kBf16Rows) return multiply_amx_bf16(p);
+  if (p.M > 1) return multiply_amx<D>(p);
+#endif
+  multiply<D>(p);
+}
+
 }  // namespace
 
 void w4a16_gemm(const W4A16GemmParams& p) {
   if (p.dtype == DType::kFloat32)
-    multiply<4>(p);
+    run<4>(p);
   else
-    multiply<3>(p);
+    run<3>(p);
 }
 
 }  // namespace llmkern::LLMKERN_ISA

@@ -256,7 +256,9 @@ def w4a16_gemm(
     trained on top of it.
 
     On the CPU kernels a row of y depends on nothing but its row of x and the weight: not on M, the
-    number of threads or the instruction set. A NaN or Inf in a row of x makes that row of y NaN.
+    number of threads or the instruction set; except that with AMX, five or more rows of bfloat16 x
+    are summed in float32, and then a row of y is the same for every such M. A NaN or Inf in a row of x
+    stays in that row of y.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], any leading shape; K a multiple of 32.
