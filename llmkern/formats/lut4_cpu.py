@@ -53,4 +53,4 @@ def from_cpu_layout(qweight: Tensor) -> Tensor:
     units = qweight.view(len(qweight), qweight.shape[1] // 16, 8, 2)
     even, odd = units[..., 0], units[..., 1]
     octets = torch.stack((even & 15 | odd << 4, even >> 4 | odd & 240), 2)
-    return octets.view(len(qweight), -1).view(torch.int32)
+    return octets.view(torch.int32).view(len(qweight), qweight.shape[1] // 4)
