@@ -1,8 +1,12 @@
 // Stands in for CUDA's float16 header on the host.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cmath>
 #include <cstdint>
+
+#include "emu/half_math.h"
 
 struct __half {
   uint16_t bits;
@@ -34,3 +38,8 @@ inline __half __float2half_rn(float v) {
   const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -last)));
   return {static_cast<uint16_t>(sign | (steps + (last + 24) * 1024))};
 }
+
+LLMKERN_EMU_HALF_MATH(__half, __half2, __half2float, __float2half_rn, half)
+
+inline __half2 __half2half2(__half v) { return {v, v}; }
+inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
