@@ -53,9 +53,9 @@ std::vector<std::string> archs() {
 }
 
 Int4Weight int4_weight(uintptr_t qweight, uintptr_t scales, uintptr_t zeros, int64_t N, int64_t K,
-                       int64_t group_size, int scales_dtype) {
+                       int64_t group_size, int scales_dtype, int layout) {
   return {pointer<void>(qweight), pointer<void>(scales), pointer<void>(zeros), N, K, group_size,
-          DType(scales_dtype),    Int4Layout::kCanonical};
+          DType(scales_dtype),    Int4Layout(layout)};
 }
 
 }  // namespace
@@ -69,22 +69,26 @@ PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
       "w4a16_gemm",
       [](uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t bias,
          uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t group_size,
-         int dtype, int scales_dtype, int device, uintptr_t stream) {
+         int dtype, int scales_dtype, int layout, int rows, int split, bool bulk,
+         uintptr_t workspace, int device, uintptr_t stream) {
         const DeviceGuard guard(device);
         cuda::w4a16_gemm(
-            {pointer<void>(x), int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype),
+            {pointer<void>(x),
+             int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype, layout),
              pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype)},
-            pointer<void>(stream));
+            {rows, split, bulk, pointer<float>(workspace)}, pointer<void>(stream));
       },
       unlocked);
   m.def(
       "dequantize_int4",
       [](uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t out, int64_t N, int64_t K,
-         int64_t group_size, int dtype, int scales_dtype, int device, uintptr_t stream) {
+         int64_t group_size, int dtype, int scales_dtype, int layout, int device,
+         uintptr_t stream) {
         const DeviceGuard guard(device);
-        cuda::dequantize_int4({int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype),
-                               pointer<void>(out), DType(dtype)},
-                              pointer<void>(stream));
+        cuda::dequantize_int4(
+            {int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype, layout),
+             pointer<void>(out), DType(dtype)},
+            pointer<void>(stream));
       },
       unlocked);
   m.def(

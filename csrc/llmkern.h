@@ -13,13 +13,14 @@ namespace llmkern {
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Layouts of a 4-bit weight; the pictures are in llmkern/formats/.
-enum class Int4Layout : int32_t { kCanonical = 0, kCpu = 1 };
+enum class Int4Layout : int32_t { kCanonical = 0, kCpu = 1, kCuda = 2 };
 
 struct Int4Weight {
   const void* qweight;
   const void* scales;  // canonical [N, K/group_size], cpu [K/group_size, N]
   const void* zeros;   // canonical: packed int32 [ceil(N/8), K/group_size]; cpu: uint8
-                       // [K/group_size, N]; null: the constant 8
+                       // [K/group_size, N]; cuda: not null if the chunks of qweight hold
+                       // them, as they do the scales; null: the constant 8
   int64_t N, K, group_size;
   DType scales_dtype;
   Int4Layout layout;

@@ -174,6 +174,19 @@ def cuda_queue(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
+def cuda_capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device as one number, 90 for 9.0."""
+    return _cuda_capability(device.index)
+
+
+@cache
+def _cuda_capability(index: int) -> int:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
 @cache
 def _triton_missing() -> str | None:
     try:

@@ -86,3 +86,18 @@ def random_lut4_weight(
     else:
         scales = ((torch.rand(N, K // group_size) + 0.5) / K**0.5).to(scale_dtype)
     return pack_codes(codes, 4), codebook, scales
+
+
+# w4a16_gemm over weights in the cuda layout, a line per hazard: M, N, K, group size, symmetric, scale
+# dtype. Tests in the emulator and on a GPU share them.
+CUDA_LAYOUT_CASES = {
+    "m1_one_chunk": (1, 64, 128, 128, True, torch.bfloat16),
+    "m1_split_k": (1, 70, 2176, 128, False, torch.float16),
+    "m3_k_tail_n_odd": (3, 5, 96, 32, False, torch.float32),
+    "m8_ring_wraps": (8, 65, 1344, 64, True, torch.float32),
+    "m9_group_of_96": (9, 72, 288, 96, False, torch.bfloat16),
+    "m16_one_group": (16, 8, 1024, 1024, True, torch.float16),
+    "m32_g64_zeros": (32, 130, 1280, 64, False, torch.float16),
+    "m33_first_of_the_tiles": (33, 65, 160, 32, False, torch.float32),
+    "m130_three_row_tiles": (130, 70, 768, 128, True, torch.bfloat16),
+}

@@ -2,10 +2,12 @@
 //
 // Bound by memory: 0.5 byte read and one element written per weight. A thread unpacks one word,
 // eight codes, and stores them in 16-byte pieces; a CTA covers 2048 columns of one row, so that no
-// thread divides by K. Layout: llmkern/formats/int4.py.
+// thread divides by K. Layouts:
+// llmkern/formats/int4.py and int4_cuda.py.
 //
 // Not yet run on a GPU: tested in the emulator (csrc/emu) and compiled ahead of time only.
 
+#include "cuda/common/dequant.cuh"
 #include "cuda/common/dtype.cuh"
 #include "cuda/common/int4.cuh"
 #include "cuda/common/launch.h"
@@ -16,6 +18,29 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Columns k .. k + 7 of row n of a weight in the CUDA layout: code - zero, and their scale. The
+// eight are two of the values of each of four lanes' words.
+__device__ __forceinline__ GroupGrid read_chunk(const Int4Weight& w, int64_t n, int64_t k,
+                                                float (&value)[8]) {
+  const Int4Chunks shape = int4_chunks(w);
+  const int row = static_cast<int>(n % kChunkRows), column = static_cast<int>(k % kChunkColumns);
+  const auto* chunk = static_cast<const unsigned char*>(w.qweight) +
+                      (n / kChunkRows * shape.per_row + k / kChunkColumns) * shape.bytes;
+  const int at = column / shape.group_size * kChunkRows + grid_index(row);
+  GroupGrid grid = {load_as(chunk + kCodeBytes, at, w.scales_dtype), 8.0f};
+  if (w.zeros) grid.zero = static_cast<float>(chunk[shape.zeros_at + at]);
+  const int step = column / 16, pair = row % 16 / 8 + column % 16 / 8 * 2;
+  const auto* words = reinterpret_cast<const uint32_t*>(chunk) +
+                      ((step / 4 * 4 + row / 16) * 32 + row % 8 * 4) * 4 + step % 4;
+#pragma unroll
+  for (int t = 0; t < 4; t++) {
+    const uint32_t shifted = words[t * 4] >> (4 * pair);
+    value[2 * t] = static_cast<float>(shifted & 15) - grid.zero;
+    value[2 * t + 1] = static_cast<float>(shifted >> 16 & 15) - grid.zero;
+  }
+  return grid;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     dequantize_int4_kernel(const DequantizeInt4Params p, const unsigned ctas_per_row) {
@@ -24,9 +49,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t n = blockIdx.x / ctas_per_row;
   const int64_t word = static_cast<int64_t>(blockIdx.x % ctas_per_row) * kThreads + threadIdx.x;
   if (word >= words) return;
-  const GroupGrid grid = load_grid(w, n, word * 8 / w.group_size);
+  GroupGrid grid;
   float value[8];
-  unpack8(static_cast<const uint32_t*>(w.qweight)[n * words + word], grid.zero, value);
+  if (w.layout == Int4Layout::kCuda) {
+    grid = read_chunk(w, n, word * 8, value);
+  } else {
+    grid = load_grid(w, n, word * 8 / w.group_size);
+    unpack8(static_cast<const uint32_t*>(w.qweight)[n * words + word], grid.zero, value);
+  }
   // K is a multiple of 32 and `out` is 16-byte aligned, hence so is every eighth element.
   constexpr int kPerPiece = 16 / sizeof(T);
   T* out = static_cast<T*>(p.out) + n * w.K + word * 8;

@@ -6,7 +6,15 @@
 
 namespace llmkern::cuda {
 
-void w4a16_gemm(const W4A16GemmParams& p, void* stream);
+// How a weight in the CUDA layout is multiplied; chosen by llmkern/ops/_w4a16_config.py.
+struct W4A16Config {
+  int rows;          // of x per CTA: 8, 16, 32 or 64
+  int split;         // slices of K
+  bool bulk;         // bulk copies, clusters and programmatic launch: sm_90 and newer
+  float* workspace;  // [split, M, N]; null if split is 1 or bulk
+};
+
+void w4a16_gemm(const W4A16GemmParams& p, const W4A16Config& config, void* stream);
 void dequantize_int4(const DequantizeInt4Params& p, void* stream);
 void hessian_update(const HessianUpdateParams& p, void* stream);
 void obs_quantize_block(const ObsBlockParams& p, void* stream);

@@ -1,12 +1,15 @@
 // w4a16_gemm: out[m, n] = sum_k x[m, k] * w[n, k] + bias[n], w = scales * (codes - zeros) in 4
 // bits.
 //
-// Two kernels. Up to M = 8 reading the weights (0.5 byte each) is the bound: a warp owns two output
-// columns, each lane takes 32 codes of a row (16 bytes, never more than one group) at a time, sums
-// x * (code - zero) exactly as integers allow, scales once per 32 codes, and the lanes are added by
-// shuffles in a fixed order. Above, arithmetic is: a CTA owns a 64 x 64 tile of out and dequantizes
-// each weight once per tile into shared memory, in float32. Both accumulate in float32, and neither
-// splits K between CTAs, so results are the same on every run. Layout: llmkern/formats/int4.py.
+// Weights in the CUDA layout and 16-bit x: see w4a16_tensor_core.cuh. Weights in the canonical
+// layout, which a caller of the op may pass as they come from a file, and float32 x over these take
+// one of two plain kernels. Up to M = 8 reading the weights (0.5 byte each) is the bound: a warp
+// owns two output columns, each lane takes 32 codes of a row (16 bytes, never more than one group)
+// at a time, sums x * (code - zero) exactly as integers allow, scales once per 32 codes, and the
+// lanes are added by shuffles in a fixed order. Above, arithmetic is: a CTA owns a 64 x 64 tile of
+// out and dequantizes each weight once per tile into shared memory, in float32. Both accumulate in
+// float32, and neither splits K between CTAs, so results are the same on every run. Layout:
+// llmkern/formats/int4.py.
 //
 // Not yet run on a GPU: tested in the emulator (csrc/emu) and compiled ahead of time only; the tile
 // sizes and the switch at M = 8 are not tuned.
@@ -16,6 +19,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/tile.cuh"
 #include "cuda/kernels.h"
+#include "cuda/w4a16_tensor_core.cuh"
 
 namespace llmkern::cuda {
 namespace {
@@ -154,9 +158,12 @@ void launch_gemv(const W4A16GemmParams& p, void* stream) {
 
 }  // namespace
 
-void w4a16_gemm(const W4A16GemmParams& p, void* stream) {
+void w4a16_gemm(const W4A16GemmParams& p, const W4A16Config& config, void* stream) {
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    if constexpr (!std::is_same_v<T, float>) {
+      if (p.w.layout == Int4Layout::kCuda) return w4a16_tensor_core<T>(p, config, stream);
+    }
     if (p.M == 1) return launch_gemv<T, 1>(p, stream);
     if (p.M == 2) return launch_gemv<T, 2>(p, stream);
     if (p.M <= 4) return launch_gemv<T, 4>(p, stream);

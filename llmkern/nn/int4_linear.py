@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmkern import _backends
 from llmkern.formats.int4 import QuantFormat, pack_codes, pack_zeros
 from llmkern.formats.int4_cpu import from_cpu_layout, to_cpu_layout
+from llmkern.formats.int4_cuda import from_cuda_layout, to_cuda_layout
 from llmkern.formats.int4_widen import (
     is_wide,
     narrow,
@@ -333,8 +334,9 @@ class Int4Linear(nn.Linear):
             with _repacking, torch.inference_mode(False), torch.no_grad():
                 if self._layout is None:
                     operands = self._operands()
-                    if wanted == "cpu":
-                        operands = to_cpu_layout(*operands, padded_group_size(self.group_size))
+                    if wanted != "canonical":
+                        convert = to_cpu_layout if wanted == "cpu" else to_cuda_layout
+                        operands = convert(*operands, padded_group_size(self.group_size))
                     for name, tensor in zip(_KERNEL_BUFFERS, operands, strict=True):
                         if tensor is not None:
                             self.register_buffer(name, tensor, persistent=False)
@@ -355,6 +357,11 @@ class Int4Linear(nn.Linear):
         chosen = _backends.forced_backend() in (None, "cpu")
         if chosen and _backends.refuse_cpu(packed.device.type) is None:
             return "cpu"
+        # The tensor core kernels take 16-bit x; a layer that computes in float32 is better off with
+        # the plain kernels, which read the canonical layout.
+        chosen = _backends.forced_backend() in (None, "cuda") and self._dtype != torch.float32
+        if chosen and _backends.refuse_cuda(packed.device) is None:
+            return "cuda"
         return None if is_wide(self.bits, self.group_size) else "canonical"
 
     def _file_tensors(self) -> dict[str, Tensor | None]:
@@ -363,9 +370,10 @@ class Int4Linear(nn.Linear):
             return {name: self._buffers[name] for name in _FILE_BUFFERS}
         with torch.inference_mode(False), torch.no_grad():
             qweight, scales, zeros = self._operands()
-            if self._layout == "cpu":
+            if self._layout != "canonical":
                 padded = padded_group_size(self.group_size)
-                qweight, scales, zeros = from_cpu_layout(qweight, scales, zeros, padded)
+                convert = from_cpu_layout if self._layout == "cpu" else from_cuda_layout
+                qweight, scales, zeros = convert(qweight, scales, zeros, padded)
             if not is_wide(self.bits, self.group_size):
                 qweight, zeros = narrow(qweight, zeros, self.bits, self.group_size, self._shape)
         return dict(zip(_FILE_BUFFERS, (qweight, scales, zeros, self.weight_shape), strict=True))

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern.formats.int4_cpu import from_cpu_layout
-from llmkern.ops._library import FLOATS, describe, expect
+from llmkern.formats.int4_cuda import chunk_bytes, cuda_shape, from_cuda_layout, is_symmetric
+from llmkern.ops._library import FLOATS, describe, expect, pointer
 
-LAYOUTS = ("canonical", "cpu")
+LAYOUTS = ("canonical", "cpu", "cuda")
 
 
 def weight_shape(scales: Tensor, group_size: int, layout: str) -> tuple[int, int]:
@@ -39,9 +40,14 @@ def check_weight(
     )
     N, K = weight_shape(scales, group_size, layout)
     groups = K // group_size
+    shape: tuple[int, ...]
+    zeros_shape: tuple[int, ...]
     if layout == "canonical":
         shape, dtype = (N, K // 8), torch.int32
         zeros_shape, zeros_dtype = (-(-N // 8), groups), torch.int32
+    elif layout == "cuda":
+        shape, dtype = _cuda_shape(qweight, scales, N, K, group_size), torch.uint8
+        zeros_shape, zeros_dtype = (0,), torch.uint8  # they lie in qweight
     else:
         shape, dtype = (-(-N // 64), K * 32), torch.uint8
         zeros_shape, zeros_dtype = (groups, N), torch.uint8
@@ -59,20 +65,40 @@ def check_weight(
                 f"{str(kind).removeprefix('torch.')} {list(want)} (N = {N}, K = {K}, group_size = "
                 f"{group_size}, {layout} layout)"
             )
-        expect(tensor.is_contiguous(), op, name, tensor, "a contiguous tensor")
+        # In the cuda layout scales stands for its shape and dtype only.
+        if not tensor.is_contiguous() and (layout != "cuda" or name != "scales"):
+            expect(False, op, name, tensor, "a contiguous tensor")
         if tensor.device != scales.device:
             expect(False, op, name, tensor, f"the device of scales, {scales.device}")
+
+
+def _cuda_shape(
+    qweight: Tensor, scales: Tensor, N: int, K: int, group_size: int
+) -> tuple[int, int, int]:
+    """What qweight's shape must be, with zero points if its chunks are of the size that holds them."""
+    width = scales.element_size()
+    asymmetric = qweight.shape[-1:] == (chunk_bytes(group_size, width, False),)
+    return cuda_shape(N, K, group_size, width, not asymmetric)
 
 
 def refuse_cuda_weight(qweight: Tensor, layout: str) -> str | None:
     """Why the compiled CUDA kernels cannot read a weight, or None."""
     if reason := _backends.refuse_cuda(qweight.device):
         return reason
-    if layout != "canonical":
+    if layout == "cpu":
         return f"the weight is in the {layout} layout"
     if qweight.data_ptr() % 16:
         return "qweight is not 16-byte aligned"
     return None
+
+
+def cuda_zeros(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, layout: str
+) -> int:
+    """The zero points' address as the CUDA kernels take it: in the cuda layout any, if there are some."""
+    if layout == "cuda":
+        return 0 if is_symmetric(qweight, scales, group_size) else pointer(qweight)
+    return pointer(zeros)
 
 
 def refuse_triton_weight(qweight: Tensor, layout: str) -> str | None:
@@ -88,4 +114,5 @@ def canonical_weight(
     """(qweight, scales, zeros) in the canonical layout, for backends that read no other."""
     if layout == "canonical":
         return qweight, scales, zeros
-    return from_cpu_layout(qweight, scales, zeros, group_size)
+    convert = from_cpu_layout if layout == "cpu" else from_cuda_layout
+    return convert(qweight, scales, zeros, group_size)

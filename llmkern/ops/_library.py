@@ -14,7 +14,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # What the compiled kernels call dtypes and layouts: DType and Int4Layout in csrc/llmkern.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LAYOUT_CODES = {"canonical": 0, "cpu": 1}
+LAYOUT_CODES = {"canonical": 0, "cpu": 1, "cuda": 2}
 
 
 def pointer(t: Tensor | None) -> int:

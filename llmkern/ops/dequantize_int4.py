@@ -12,6 +12,7 @@ from llmkern._backends import Backend
 from llmkern.ops._int4_weight import (
     canonical_weight,
     check_weight,
+    cuda_zeros,
     refuse_cuda_weight,
     refuse_triton_weight,
     weight_shape,
@@ -87,12 +88,13 @@ def _launch_cuda(
     module.dequantize_int4(
         pointer(qweight),
         pointer(scales),
-        pointer(zeros),
+        cuda_zeros(qweight, scales, zeros, group_size, layout),
         pointer(out),
         *out.shape,
         group_size,
         DTYPE_CODES[out.dtype],
         DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
         *_backends.cuda_queue(out.device),
     )
 
@@ -184,7 +186,7 @@ def dequantize_int4(
         zeros: int32 [ceil(N/8), K/group_size] packed zero points, or None for the constant 8.
         group_size: K-elements per scale, a multiple of 32.
         dtype: of the result; by default that of `scales`.
-        layout: "canonical" or "cpu".
+        layout: "canonical", "cpu" or "cuda".
 
     Returns:
         [N, K] in `dtype`; the product is formed in float32 and rounded once.

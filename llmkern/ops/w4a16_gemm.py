@@ -16,6 +16,7 @@ from llmkern._backends import Backend
 from llmkern.ops._int4_weight import (
     canonical_weight,
     check_weight,
+    cuda_zeros,
     refuse_cuda_weight,
     refuse_triton_weight,
     weight_shape,
@@ -29,6 +30,7 @@ from llmkern.ops._library import (
     pointer,
     register,
 )
+from llmkern.ops._w4a16_config import CHUNK_ROWS, DENSE_BYTES, select_config
 from llmkern.ops.dequantize_int4 import dequantize_int4
 from llmkern.reference.w4a16_gemm import w4a16_gemm as _reference
 
@@ -107,13 +109,24 @@ def _launch_cuda(
     layout: str,
     out: Tensor,
 ) -> None:
+    rows, split, bulk, workspace = 0, 1, False, None
+    if layout == "cuda":
+        sm = _backends.cuda_capability(x.device)
+        config = select_config(out.shape[0], out.shape[1], x.shape[1], group_size, sm)
+        if config.tier == "dense" or x.dtype == torch.float32:
+            return _multiply_dense(x, qweight, scales, bias, group_size, out)
+        rows, split, bulk = config.rows, config.split, config.bulk
+        if x.data_ptr() % 16 or x.stride(0) % 8:
+            x = x.clone(memory_format=torch.contiguous_format)  # is copied in 16-byte pieces
+        if split > 1 and not bulk:
+            workspace = x.new_empty((split, *out.shape), dtype=torch.float32)
     module, _ = _backends.compiled_module("_cuda")
     assert module is not None
     module.w4a16_gemm(
         pointer(x),
         pointer(qweight),
         pointer(scales),
-        pointer(zeros),
+        cuda_zeros(qweight, scales, zeros, group_size, layout),
         pointer(bias),
         pointer(out),
         *out.shape,
@@ -122,8 +135,35 @@ def _launch_cuda(
         group_size,
         DTYPE_CODES[x.dtype],
         DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
+        rows,
+        split,
+        bulk,
+        pointer(workspace),
         *_backends.cuda_queue(x.device),
     )
+
+
+def _multiply_dense(
+    x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, out: Tensor
+) -> None:
+    """Large M, and float32 x, over the cuda layout: dequantize pieces that stay in L2, and cuBLAS."""
+    N, K = weight_shape(scales, group_size, "cuda")
+    tiles = max(1, DENSE_BYTES // (CHUNK_ROWS * K * x.element_size()))
+    for first in range(0, N, tiles * CHUNK_ROWS):
+        last = min(first + tiles * CHUNK_ROWS, N)
+        w = dequantize_int4(
+            qweight[first // CHUNK_ROWS : -(-last // CHUNK_ROWS)],
+            scales[:, first:last],
+            group_size=group_size,
+            dtype=x.dtype,
+            layout="cuda",
+        )
+        piece = out[:, first:last]
+        if bias is None:
+            torch.mm(x, w.t(), out=piece)
+        else:
+            torch.addmm(bias[first:last], x, w.t(), out=piece)
 
 
 def _refuse_triton(
@@ -268,7 +308,7 @@ def w4a16_gemm(
         zeros: int32 [ceil(N/8), K/group_size] packed zero points, or None for the constant 8.
         bias: [N] in x's dtype, or None.
         group_size: K-elements per scale, a multiple of 32.
-        layout: "canonical" or "cpu".
+        layout: "canonical", "cpu" or "cuda".
 
     Returns:
         y [..., N] in x's dtype, accumulated in float32.

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from llmkern import ops, use_backend
 from llmkern.formats.int4 import QuantFormat
+from llmkern.formats.int4_cuda import from_cuda_layout, to_cuda_layout
 from llmkern.reference import hessian_update as hessian_spec
 from llmkern.reference import w4a16_gemm as gemm_spec
-from llmkern.testing import assert_matches, random_int4_weight
+from llmkern.testing import CUDA_LAYOUT_CASES, assert_matches, random_int4_weight
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -57,6 +58,76 @@ def test_w4a16_gemm(case, dtype, backend):
     assert_matches(out, want, F.linear(x, w, bias))
     again = ops.w4a16_gemm(x, *parts, bias, group_size=group_size)
     assert torch.equal(out, again), "two runs differ"
+
+
+HALVES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d).removeprefix("torch."))
+TIERS = {
+    "decode_4096": (1, 4096, 4096, 128, True, torch.bfloat16),
+    "decode_k_and_v": (32, 1024, 4096, 128, False, torch.float16),
+    "tile": (1000, 520, 4096, 64, True, torch.bfloat16),
+    "last_tile": (4095, 256, 512, 128, False, torch.bfloat16),
+    "dense": (4096, 520, 512, 128, True, torch.bfloat16),
+}
+
+
+@HALVES
+@pytest.mark.parametrize(
+    "case", (CUDA_LAYOUT_CASES | TIERS).values(), ids=CUDA_LAYOUT_CASES | TIERS
+)
+def test_w4a16_gemm_over_the_cuda_layout(case, dtype):
+    M, N, K, group_size, symmetric, scale_dtype = case
+    parts = weight(N, K, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    packed = to_cuda_layout(*parts, group_size)
+    for ours, original in zip(from_cuda_layout(*packed, group_size), parts, strict=True):
+        assert (ours is None) == (original is None)
+        assert ours is None or torch.equal(ours, original)
+    x = torch.randn(M, K, device=DEVICE).to(dtype)
+    bias = torch.randn(N, device=DEVICE).to(dtype)
+
+    def multiply():
+        return ops.w4a16_gemm(x, *packed, bias, group_size=group_size, layout="cuda")
+
+    with use_backend("cuda"):
+        out = multiply()
+        assert all(torch.equal(out, multiply()) for _ in range(20)), "two runs differ"
+        w = ops.dequantize_int4(*packed, group_size=group_size, dtype=dtype, layout="cuda")
+    assert torch.equal(w, gemm_spec.dequantize_int4(*parts, group_size, dtype))
+    want = gemm_spec.w4a16_gemm(x.double(), *parts, bias, group_size)
+    assert_matches(out, want, F.linear(x, w, bias))
+
+
+def test_a_row_depends_on_no_other_of_its_tier():
+    packed = to_cuda_layout(*weight(4096, 4096, 128), 128)
+    x = torch.randn(100, 4096, device=DEVICE).bfloat16()
+    with use_backend("cuda"):
+        whole = ops.w4a16_gemm(x[:32], *packed, group_size=128, layout="cuda")
+        for rows in (slice(0, 1), slice(3, 12), slice(7, 30)):
+            part = ops.w4a16_gemm(x[rows], *packed, group_size=128, layout="cuda")
+            assert torch.equal(part, whole[rows])
+        tiles = ops.w4a16_gemm(x, *packed, group_size=128, layout="cuda")
+        part = ops.w4a16_gemm(x[50:90], *packed, group_size=128, layout="cuda")
+        assert torch.equal(part, tiles[50:90])
+
+
+@pytest.mark.parametrize("M", [1, 32, 200, 4096])
+def test_cuda_graph_capture_of_every_tier(M):
+    packed = to_cuda_layout(*weight(1024, 4096, 128), 128)
+    x = torch.randn(M, 4096, device=DEVICE).bfloat16()
+
+    def chain():  # the second product waits for the first
+        y = ops.w4a16_gemm(x, *packed, group_size=128, layout="cuda")
+        return ops.w4a16_gemm(y.repeat(1, 4), *packed, group_size=128, layout="cuda")
+
+    with use_backend("cuda"):
+        chain()
+        torch.cuda.synchronize(DEVICE)
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = chain()
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(captured, chain())
 
 
 def test_rows_of_x_lie_apart(backend):

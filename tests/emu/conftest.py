@@ -89,6 +89,7 @@ def emulator(emulator_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(_backends, "compiled_module", lambda name: (emulator_module, None))
     monkeypatch.setattr(_backends, "refuse_cuda", lambda device: None)
     monkeypatch.setattr(_backends, "cuda_queue", lambda device: (0, 0))
+    monkeypatch.setattr(_backends, "cuda_capability", lambda device: 90)
     with _backends.use_backend("cuda"):
         yield emulator_module
     emulator_module.set_reverse_order(False)
