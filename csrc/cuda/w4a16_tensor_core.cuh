@@ -10,6 +10,12 @@
 // rounded. Slices of K are added in a fixed order, through the shared memory of a cluster (BULK) or
 // a workspace. So a row of out depends on neither the other rows nor NT.
 //
+// With BULK the weight is read before the stream's previous grid has ended: whatever writes a
+// weight must have another grid behind it (to_cuda_layout's last one does not write qweight).
+//
+// Not yet run on a GPU: tested in the emulator (csrc/emu) and compiled ahead of time only; tiles,
+// ring depths and tiers are not tuned.
+//
 // Technique: Marlin (arXiv 2408.11743) for fragments packed ahead of time and the ring; operands
 // swapped as in Machete. wgmma is left out until there is a GPU to write it against.
 #pragma once

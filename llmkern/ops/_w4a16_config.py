@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 CHUNK_ROWS, CHUNK_COLUMNS = 64, 128
 MAX_DECODE_ROWS = 32
-# From here on a dense copy of the weight, made in pieces that stay in L2, and cuBLAS take less time:
-# dequantizing costs 4.5 N K bytes of L2 traffic against 2 M N K flop. By calculation, not measured.
-DENSE_ROWS = 4096
+# From here on a dense copy of the weight, made in pieces that stay in L2, and cuBLAS should take less
+# time than 64 x 64 tiles that unpack the weight anew for every 64 rows: dequantizing costs 4.5 N K bytes
+# of L2 traffic against 2 M N K flop, a third of cuBLAS's time at M = 1024. By calculation, not measured.
+DENSE_ROWS = 1024
 # Of one piece of the dense weight: half of the 50 MB of L2 of an H100 or H200.
 DENSE_BYTES = 24 << 20
 _MAX_SPLIT = 8  # the largest cluster that every GPU of sm_90 takes

@@ -295,6 +295,10 @@ def w4a16_gemm(
     Differentiable in x and bias (the backward pass dequantizes the weight), so adapters can be
     trained on top of it.
 
+    On CUDA devices the cuda layout with 16-bit x runs on tensor cores: up to M = 1023 no weight is
+    rounded and a row of y depends on nothing but its row of x, the weight and whether M is above 32;
+    from M = 1024 on, and for float32 x, the weight is dequantized to x's dtype for cuBLAS.
+
     On the CPU kernels a row of y depends on nothing but its row of x and the weight: not on M, the
     number of threads or the instruction set; except that with AMX, five or more rows of bfloat16 x
     are summed in float32, and then a row of y is the same for every such M. A NaN or Inf in a row of x

@@ -133,6 +133,23 @@ def test_dense_tier(dtype, bias, emulator, monkeypatch):
     assert_matches(out, want, F.linear(x, spec.dequantize_int4(*parts, 32, dtype), bias))
 
 
+def test_opcheck(emulator):
+    packed = to_cuda_layout(*random_int4_weight(70, 96, 32, symmetric=False), 32)
+    x = torch.randn(3, 96, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(70, dtype=torch.bfloat16, requires_grad=True)
+    op = torch.ops.llmkern.w4a16_gemm.default
+    torch.library.opcheck(op, (x, *packed, bias, 32, "cuda"))
+
+
+@pytest.mark.parametrize("name", ["qweight", "zeros"])
+def test_bad_weight_is_refused(name, emulator):
+    qweight, shape, _ = to_cuda_layout(*random_int4_weight(70, 96, 32), 32)
+    weight = {"qweight": qweight, "scales": shape, "zeros": None}
+    weight[name] = torch.zeros(2, 1, 4096, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"w4a16_gemm: {name}: got uint8 \[2, 1, 4096\]"):
+        ops.w4a16_gemm(torch.randn(2, 96), **weight, group_size=32, layout="cuda")
+
+
 def test_gradient_reaches_x(emulator):
     parts = random_int4_weight(70, 96, 32, symmetric=False)
     x = torch.randn(3, 96, dtype=torch.bfloat16, requires_grad=True)
@@ -166,7 +183,7 @@ def test_the_split_never_follows_from_m():
 
 
 def test_tiers_begin_where_documented():
-    tiers = [select_config(M, 4096, 4096, 128, 90).tier for M in (32, 33, 4095, 4096)]
+    tiers = [select_config(M, 4096, 4096, 128, 90).tier for M in (32, 33, 1023, 1024)]
     assert tiers == ["decode", "tile", "tile", "dense"]
     assert select_config(1, 4096, 4096, 128, 90).bulk
     assert not select_config(1, 4096, 4096, 128, 89).bulk
