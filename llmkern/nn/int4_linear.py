@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,19 +19,14 @@ from llmkern.formats.int4_widen import (
     padded_group_size,
     widen,
 )
-from llmkern.nn._packed_weight import PackedWeight
+from llmkern.nn._packed_linear import PackedLinear, dense_weight
 from llmkern.ops import dequantize_int4, round_to_nearest, w4a16_gemm
 
 BITS = (2, 3, 4)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_FILE_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-_KERNEL_BUFFERS = ("_qweight", "_scales", "_zeros")
-
-# Two threads may meet a module's first forward pass together; only one may repack it.
-_repacking = threading.Lock()
 
 
-class Int4Linear(nn.Linear):
+class Int4Linear(PackedLinear):
     """y = x @ wᵀ + bias with w = weight_scale * (codes - zero points), never expanded in memory.
 
     The state_dict is that of compressed-tensors' `pack-quantized` format for the layer's own bit
@@ -66,6 +60,10 @@ class Int4Linear(nn.Linear):
     Raises:
         ValueError: bits not 2, 3 or 4, or a group size that does not divide in_features.
     """
+
+    _FILE_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    _REPACKED_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
+    _KERNEL_BUFFERS = ("_qweight", "_scales", "_zeros")
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -237,7 +235,7 @@ class Int4Linear(nn.Linear):
         for problem in problems:
             if problem:
                 raise ValueError(problem)
-        for name in _FILE_BUFFERS[:3]:
+        for name in cls._REPACKED_BUFFERS:
             tensor = tensors[name]
             layer._buffers[name] = None if tensor is None else tensor.detach().contiguous()
         layer.weight_shape = torch.tensor(
@@ -247,32 +245,14 @@ class Int4Linear(nn.Linear):
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the dense weight that this layer stands for."""
-        return self._dtype
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """Stand-in for the dense weight: shape, dtype and device for free, values on demand."""
-        device = next(t.device for t in self.buffers())
-        return PackedWeight(self, (self.out_features, self.in_features), self._dtype, device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] in x's dtype for x [..., K]; float32, bfloat16 or float16."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x: got {list(x.shape)}, expected [..., {self.in_features}]")
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
-        layout = self._repack()
+    def _multiply(self, x: Tensor, bias: Tensor | None, layout: str) -> Tensor:
         qweight, scales, zeros = self._operands()
         return w4a16_gemm(
             pad_activations(x, self.group_size),
             qweight,
             scales,
             zeros,
-            None if self.bias is None else self.bias.to(x.dtype),
+            bias,
             group_size=padded_group_size(self.group_size),
             layout=layout,
         )
@@ -293,15 +273,6 @@ class Int4Linear(nn.Linear):
             self.out_features, self.in_features
         )
 
-    def to_linear(self) -> nn.Linear:
-        """A dense nn.Linear of the same values; its bias is this layer's parameter."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, bias=False, device="meta", dtype=self._dtype
-        )
-        linear.weight = nn.Parameter(self.dequantize())
-        linear.bias = self.bias
-        return linear.train(self.training)
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -312,7 +283,7 @@ class Int4Linear(nn.Linear):
     def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the kernels read: (qweight, scales, zeros) in `self._layout`."""
         if self._layout is not None:
-            qweight, scales, zeros = (self._buffers.get(name) for name in _KERNEL_BUFFERS)
+            qweight, scales, zeros = (self._buffers.get(name) for name in self._KERNEL_BUFFERS)
             assert qweight is not None
             assert scales is not None
             return qweight, scales, zeros
@@ -325,49 +296,30 @@ class Int4Linear(nn.Linear):
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def _repack(self) -> str:
-        """Bring the weight into the layout of the kernel that serves its device, once; the layout."""
-        wanted = self._wanted_layout() if self._layout is None else None
-        if wanted is not None:
-            # Repacked tensors outlive this call: a first pass under inference_mode must not leave
-            # tensors behind that a later training pass cannot save.
-            with _repacking, torch.inference_mode(False), torch.no_grad():
-                if self._layout is None:
-                    operands = self._operands()
-                    if wanted != "canonical":
-                        convert = to_cpu_layout if wanted == "cpu" else to_cuda_layout
-                        operands = convert(*operands, padded_group_size(self.group_size))
-                    for name, tensor in zip(_KERNEL_BUFFERS, operands, strict=True):
-                        if tensor is not None:
-                            self.register_buffer(name, tensor, persistent=False)
-                    self._layout = wanted
-                    self._buffers.update(dict.fromkeys(_FILE_BUFFERS[:3]))
-        return self._layout or "canonical"
-
-    # Under torch.compile the repacking runs while tracing, and the graph sees its result. This is what
-    # torch.compiler.assume_constant_result does, which would import all of Dynamo with llmkern.
-    _repack._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
     def _wanted_layout(self) -> str | None:
-        """The layout to repack into, or None where the file's tensors serve as they are."""
         packed = self.weight_packed
-        # Neither a tensor without data nor a tracer's stand-in may be repacked for good.
-        if type(packed) not in (Tensor, nn.Parameter) or packed.is_meta:
+        if not self._may_repack(packed):
             return None
-        chosen = _backends.forced_backend() in (None, "cpu")
-        if chosen and _backends.refuse_cpu(packed.device.type) is None:
+        forced = _backends.forced_backend()
+        if forced in (None, "cpu") and _backends.refuse_cpu(packed.device.type) is None:
             return "cpu"
         # The tensor core kernels take 16-bit x; a layer that computes in float32 is better off with
         # the plain kernels, which read the canonical layout.
-        chosen = _backends.forced_backend() in (None, "cuda") and self._dtype != torch.float32
-        if chosen and _backends.refuse_cuda(packed.device) is None:
+        tensor_cores = forced in (None, "cuda") and self._dtype != torch.float32
+        if tensor_cores and _backends.refuse_cuda(packed.device) is None:
             return "cuda"
         return None if is_wide(self.bits, self.group_size) else "canonical"
 
+    def _to_layout(self, layout: str) -> Mapping[str, Tensor | None]:
+        operands = self._operands()
+        if layout != "canonical":
+            convert = to_cpu_layout if layout == "cpu" else to_cuda_layout
+            operands = convert(*operands, padded_group_size(self.group_size))
+        return dict(zip(self._KERNEL_BUFFERS, operands, strict=True))
+
     def _file_tensors(self) -> dict[str, Tensor | None]:
-        """The canonical weight tensors, made anew where a kernel layout has replaced them."""
         if self._layout is None:
-            return {name: self._buffers[name] for name in _FILE_BUFFERS}
+            return {name: self._buffers[name] for name in self._FILE_BUFFERS}
         with torch.inference_mode(False), torch.no_grad():
             qweight, scales, zeros = self._operands()
             if self._layout != "canonical":
@@ -376,54 +328,9 @@ class Int4Linear(nn.Linear):
                 qweight, scales, zeros = convert(qweight, scales, zeros, padded)
             if not is_wide(self.bits, self.group_size):
                 qweight, zeros = narrow(qweight, zeros, self.bits, self.group_size, self._shape)
-        return dict(zip(_FILE_BUFFERS, (qweight, scales, zeros, self.weight_shape), strict=True))
-
-    def restore(self) -> None:
-        """Put the canonical tensors back in place of a kernel layout's."""
-        if self._layout is not None:
-            with _repacking:
-                self._buffers.update(self._file_tensors())
-                self._layout = None
-                for name in _KERNEL_BUFFERS:
-                    self._buffers.pop(name, None)
-                    self._non_persistent_buffers_set.discard(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
-        self.restore()
-
-        def move(t: Tensor) -> Tensor:
-            out = fn(t)
-            return out if out.dtype == t.dtype else t.to(out.device)
-
-        held = {name: self._buffers[name] for name in _FILE_BUFFERS}
-        probe = fn(torch.empty(0, dtype=self._dtype, device=self.weight_packed.device))
-        self._buffers.update(dict.fromkeys(_FILE_BUFFERS))
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            held = {name: None if t is None else move(t) for name, t in held.items()}
-        finally:
-            self._buffers.update(held)
-        if probe.is_floating_point():
-            self._dtype = probe.dtype
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        buffers = {**self._buffers, **self._file_tensors()}
-        return {
-            **self.__dict__,
-            "_buffers": {name: t for name, t in buffers.items() if name not in _KERNEL_BUFFERS},
-            "_non_persistent_buffers_set": self._non_persistent_buffers_set - {*_KERNEL_BUFFERS},
-            "_layout": None,
-        }
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        for name, tensor in self._file_tensors().items():
-            if tensor is not None:
-                destination[prefix + name] = tensor
+        return dict(
+            zip(self._FILE_BUFFERS, (qweight, scales, zeros, self.weight_shape), strict=True)
+        )
 
     def _load_from_state_dict(
         self,
@@ -437,7 +344,7 @@ class Int4Linear(nn.Linear):
     ) -> None:
         self.restore()
         problems = []
-        for name in (*_FILE_BUFFERS, "bias"):
+        for name in (*self._FILE_BUFFERS, "bias"):
             tensor = state_dict.get(prefix + name)
             if isinstance(tensor, Tensor) and getattr(self, name) is not None:
                 problem = self.problem(name, tensor)
@@ -474,19 +381,3 @@ class Int4Linear(nn.Linear):
         if name == "weight_shape" and not tensor.is_meta and tensor.tolist() != [N, K]:
             return f"weight_shape: got {tensor.tolist()}, expected {[N, K]}"
         return None
-
-
-def dense_weight(linear: nn.Module) -> Tensor:
-    """Weight [N, K] of an nn.Linear or of transformers' Conv1D (which stores it transposed).
-
-    Raises:
-        ValueError: `linear` is neither.
-    """
-    weight = getattr(linear, "weight", None)
-    if isinstance(linear, nn.Linear) and isinstance(weight, Tensor):
-        return weight.detach()
-    if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
-        return weight.detach().t().contiguous()
-    raise ValueError(
-        f"linear: got {type(linear).__name__}, expected nn.Linear or transformers' Conv1D"
-    )

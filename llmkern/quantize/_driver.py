@@ -20,7 +20,8 @@ from llmkern.calibrate.data import Source
 from llmkern.formats.int4 import QuantFormat
 from llmkern.models import block_linears, find_blocks
 from llmkern.nn import Int4Linear
-from llmkern.nn.int4_linear import BITS, dense_weight
+from llmkern.nn._packed_linear import dense_weight
+from llmkern.nn.int4_linear import BITS
 from llmkern.ops._library import FLOATS
 from llmkern.patch import plan_patch, record_formats, warn_dense, winning_pattern
 from llmkern.quantize._report import LayerReport, QuantizedWeight, QuantizeReport

@@ -1,0 +1,170 @@
+"""What packed linears share: file tensors that the first forward pass repacks for the kernels."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.nn._packed_weight import PackedWeight
+
+# Two threads may meet a module's first forward pass together; only one may repack it.
+_repacking = threading.Lock()
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that holds its weight as the tensors of a file or as those of a kernel.
+
+    A subclass registers `_FILE_BUFFERS`, says into which of `_KERNEL_BUFFERS` they are repacked and how
+    they come back, and multiplies.
+    """
+
+    _FILE_BUFFERS: ClassVar[tuple[str, ...]]
+    # Those of `_FILE_BUFFERS` whose place the kernel's tensors take.
+    _REPACKED_BUFFERS: ClassVar[tuple[str, ...]]
+    _KERNEL_BUFFERS: ClassVar[tuple[str, ...]]
+
+    _dtype: torch.dtype
+    _layout: str | None
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+        """y = x @ wᵀ + bias from the tensors of `layout`."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense weight [N, K] in `dtype`, by default the layer's."""
+        raise NotImplementedError
+
+    def _wanted_layout(self) -> str | None:
+        """The layout to repack into, or None where the file's tensors serve as they are."""
+        raise NotImplementedError
+
+    def _to_layout(self, layout: str) -> Mapping[str, Tensor | None]:
+        """The tensors of `_KERNEL_BUFFERS` in `layout`, from the file's."""
+        raise NotImplementedError
+
+    def _file_tensors(self) -> dict[str, Tensor | None]:
+        """The tensors of `_FILE_BUFFERS`, made anew where a kernel layout has replaced them."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weight that this layer stands for."""
+        return self._dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Stand-in for the dense weight: shape, dtype and device for free, values on demand."""
+        device = next(t.device for t in self.buffers())
+        return PackedWeight(self, (self.out_features, self.in_features), self._dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] in x's dtype for x [..., K]; float32, bfloat16 or float16."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got {list(x.shape)}, expected [..., {self.in_features}]")
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        layout = self._repack()
+        return self._multiply(x, None if self.bias is None else self.bias.to(x.dtype), layout)
+
+    def to_linear(self) -> nn.Linear:
+        """A dense nn.Linear of the same values; its bias is this layer's parameter."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=False, device="meta", dtype=self._dtype
+        )
+        linear.weight = nn.Parameter(self.dequantize())
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    @staticmethod
+    def _may_repack(packed: Tensor) -> bool:
+        """Whether `packed` holds data: neither meta tensors nor a tracer's are repacked for good."""
+        return type(packed) in (Tensor, nn.Parameter) and not packed.is_meta
+
+    def _repack(self) -> str:
+        """Bring the weight into the layout of the kernel that serves its device, once; the layout."""
+        wanted = self._wanted_layout() if self._layout is None else None
+        if wanted is not None:
+            # Repacked tensors outlive this call: a first pass under inference_mode must not leave
+            # tensors behind that a later training pass cannot save.
+            with _repacking, torch.inference_mode(False), torch.no_grad():
+                if self._layout is None:
+                    for name, tensor in self._to_layout(wanted).items():
+                        if tensor is not None:
+                            self.register_buffer(name, tensor, persistent=False)
+                    self._layout = wanted
+                    self._buffers.update(dict.fromkeys(self._REPACKED_BUFFERS))
+        return self._layout or "canonical"
+
+    # Under torch.compile the repacking runs while tracing, and the graph sees its result. This is what
+    # torch.compiler.assume_constant_result does, which would import all of Dynamo with llmkern.
+    _repack._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def restore(self) -> None:
+        """Put the canonical tensors back in place of a kernel layout's."""
+        if self._layout is not None:
+            with _repacking:
+                self._buffers.update(self._file_tensors())
+                self._layout = None
+                for name in self._KERNEL_BUFFERS:
+                    self._buffers.pop(name, None)
+                    self._non_persistent_buffers_set.discard(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        self.restore()
+
+        def move(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype else t.to(out.device)
+
+        held = {name: self._buffers[name] for name in self._FILE_BUFFERS}
+        device = next(t.device for t in held.values() if t is not None)
+        probe = fn(torch.empty(0, dtype=self._dtype, device=device))
+        self._buffers.update(dict.fromkeys(self._FILE_BUFFERS))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            held = {name: None if t is None else move(t) for name, t in held.items()}
+        finally:
+            self._buffers.update(held)
+        if probe.is_floating_point():
+            self._dtype = probe.dtype
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        buffers = {**self._buffers, **self._file_tensors()}
+        kernel = {*self._KERNEL_BUFFERS}
+        return {
+            **self.__dict__,
+            "_buffers": {name: t for name, t in buffers.items() if name not in kernel},
+            "_non_persistent_buffers_set": self._non_persistent_buffers_set - kernel,
+            "_layout": None,
+        }
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        for name, tensor in self._file_tensors().items():
+            if tensor is not None:
+                destination[prefix + name] = tensor
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Weight [N, K] of an nn.Linear or of transformers' Conv1D (which stores it transposed).
+
+    Raises:
+        ValueError: `linear` is neither.
+    """
+    weight = getattr(linear, "weight", None)
+    if isinstance(linear, nn.Linear) and isinstance(weight, Tensor):
+        return weight.detach()
+    if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+        return weight.detach().t().contiguous()
+    raise ValueError(
+        f"linear: got {type(linear).__name__}, expected nn.Linear or transformers' Conv1D"
+    )
