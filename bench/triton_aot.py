@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,14 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 import typer
-from llmkern.triton_kernels import dequantize_int4, hessian_update, obs_quantize, w4a16_gemm
+from llmkern.triton_kernels import (
+    configs,
+    dequantize_int4,
+    hessian_update,
+    lut4_gemm,
+    obs_quantize,
+    w4a16_gemm,
+)
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -50,7 +57,7 @@ class Row:
     registers: int
     stack_bytes: int  # where spilled registers go
     shared_bytes: int
-    tensor_core: list[str]  # its instructions, by mnemonic
+    instructions: list[str]  # PTX that the kernels rely on, by mnemonic
     seconds: float
 
     def problem(self) -> str | None:
@@ -115,9 +122,10 @@ def resources(kernel: Any) -> tuple[int, int]:
     return registers, stack + local
 
 
-def tensor_core(kernel: Any) -> list[str]:
-    """Mnemonics of the tensor-core instructions in a compiled kernel's PTX."""
-    return sorted(set(re.findall(r"\bw?g?mma[\w.]*\.m\d+n\d+k\d+[\w.]*", kernel.asm["ptx"])))
+def instructions(kernel: Any) -> list[str]:
+    """Mnemonics of tensor-core and of packed 16-bit instructions in a compiled kernel's PTX."""
+    wanted = r"\bw?g?mma[\w.]*\.m\d+n\d+k\d+[\w.]*|\bfma\.rn\.b?f16x2"
+    return sorted(set(re.findall(wanted, kernel.asm["ptx"])))
 
 
 def _weight(N: int, K: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,11 +138,54 @@ def _weight(N: int, K: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor
     )
 
 
-def _gemm(M: int, N: int, K: int, group_size: int, dtype: torch.dtype) -> None:
+def _gemm(
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+    dtype: torch.dtype,
+    config: configs.Config | None = None,
+) -> None:
     x, bias = torch.empty(M, K, dtype=dtype), torch.empty(N, dtype=dtype)
     weight = _weight(N, K, group_size)
     out = torch.empty(M, N, dtype=dtype)
-    w4a16_gemm.launch(x, *weight, bias, group_size, "canonical", out)
+    w4a16_gemm.launch(x, *weight, bias, group_size, "canonical", out, config)
+
+
+def _lut4(
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+    dtype: torch.dtype,
+    config: configs.Config | None = None,
+    books: tuple[int, ...] = (),
+) -> None:
+    x, bias = torch.empty(M, K, dtype=dtype), torch.empty(N, dtype=dtype)
+    qweight, scales, _ = _weight(N, K, group_size)
+    book = torch.empty(*books, 16)
+    out = torch.empty(M, N, dtype=dtype)
+    lut4_gemm.launch(x, qweight, book, scales, bias, group_size, "canonical", out, config)
+
+
+def _table_cases() -> dict[str, Callable[[], None]]:
+    """Every tile in the table of configs, in each group size that makes it another one."""
+    cases: dict[str, Callable[[], None]] = {}
+    for (op, x), rows in configs.table().items():
+        launch = {"w4a16_gemm": _gemm, "lut4_gemm": _lut4}[op]
+        dtypes = (F32,) if x == "float32" else (BF16, F16)
+        for tile in dict.fromkeys(replace(row.config, SPLIT_K=2) for row in rows):
+            for group_size in (128, 64, 32):
+                config = tile.for_groups(group_size)
+                if group_size < 128 and config in (tile, tile.for_groups(2 * group_size)):
+                    continue
+                for dtype in dtypes:
+                    kind = str(dtype).removeprefix("torch.")
+                    name = f"{op} {kind} {config.kernel} {config.BLOCK_M} g{group_size}"
+                    name += f" {config.BLOCK_N}x{config.BLOCK_K}"
+                    shape = (config.BLOCK_M, 4096, 4096)
+                    cases[name] = partial(launch, *shape, group_size, dtype, config)
+    return cases
 
 
 def _dequantize(N: int, K: int, group_size: int, dtype: torch.dtype) -> None:
@@ -164,23 +215,14 @@ def _obs(N: int, groups: int = 32, columns: int = 128) -> None:
     )
 
 
-# Every tile that a select_config function can return, in shapes of Llama-3-8B's layers.
+# Every tile that the table and the select_config functions have, in shapes of Llama-3-8B's layers.
 CASES: dict[str, Callable[[], None]] = {
-    "w4a16 M=1": partial(_gemm, 1, 4096, 4096, 128, BF16),
-    "w4a16 M=1 float32": partial(_gemm, 1, 4096, 4096, 32, F32),
-    "w4a16 M=16": partial(_gemm, 16, 4096, 4096, 128, BF16),
-    "w4a16 M=16 g64": partial(_gemm, 16, 4096, 4096, 64, BF16),
-    "w4a16 M=16 g32": partial(_gemm, 16, 4096, 4096, 32, BF16),
-    "w4a16 M=32": partial(_gemm, 32, 4096, 4096, 128, BF16),
-    "w4a16 M=32 g64": partial(_gemm, 32, 4096, 4096, 64, BF16),
-    "w4a16 M=32 g32": partial(_gemm, 32, 4096, 4096, 32, BF16),
-    "w4a16 M=64": partial(_gemm, 64, 4096, 4096, 128, BF16),
-    "w4a16 M=64 g32 float16": partial(_gemm, 64, 4096, 4096, 32, F16),
-    "w4a16 M=128": partial(_gemm, 128, 4096, 4096, 128, BF16),
-    "w4a16 M=128 g32 float16": partial(_gemm, 128, 4096, 4096, 32, F16),
-    "w4a16 M=2048": partial(_gemm, 2048, 14336, 4096, 128, BF16),
-    "w4a16 M=2048 g32": partial(_gemm, 2048, 14336, 4096, 32, BF16),
-    "w4a16 M=2048 float32": partial(_gemm, 2048, 14336, 4096, 128, F32),
+    **_table_cases(),
+    **{
+        f"lut4_gemm bfloat16 {books} M={M}": partial(_lut4, M, 4096, 4096, 64, BF16, None, shape)
+        for M in (1, 2, 4, 16, 128)
+        for books, shape in (("row", (4096,)), ("group", (4096, 64)))
+    },
     "dequantize g128": partial(_dequantize, 4096, 4096, 128, BF16),
     "dequantize g64": partial(_dequantize, 4096, 4096, 64, F16),
     "dequantize g32": partial(_dequantize, 4096, 4096, 32, F32),
@@ -191,6 +233,8 @@ CASES: dict[str, Callable[[], None]] = {
     "obs, fewer rows": partial(_obs, 1536),
     "obs, few rows": partial(_obs, 256),
     # Triton turns arguments of value 1 into constants, which have no methods.
+    "lut4_gemm bfloat16, one output": partial(_lut4, 1, 1, 32, 32, BF16),
+    "lut4_gemm bfloat16, one row of w": partial(_lut4, 5, 1, 32, 32, BF16),
     "w4a16 one output": partial(_gemm, 1, 1, 4096, 4096, BF16),
     "w4a16 one row of w": partial(_gemm, 2, 1, 32, 32, BF16),
     "w4a16 float32, one row of w": partial(_gemm, 5, 1, 32, 32, F32),
@@ -200,11 +244,16 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def compile_all(archs: list[int]) -> list[Row]:
+# Tiles that only differ in the type of x or the size of a group: left out of a quick run.
+QUICK = re.compile(r"^(?!.*(float16 .* g(64|32)|bfloat16 .* g64)).*$")
+
+
+def compile_all(archs: list[int], quick: bool = False) -> list[Row]:
     rows = []
     seen = set()
+    cases = {name: case for name, case in CASES.items() if not quick or QUICK.match(name)}
     for arch in archs:
-        for case, launch in CASES.items():
+        for case, launch in cases.items():
             with compile_only(arch) as compiled:
                 start = time.perf_counter()
                 launch()
@@ -216,13 +265,14 @@ def compile_all(archs: list[int]) -> list[Row]:
                 constants = {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool)}
                 registers, stack = resources(kernel)
                 name, shared = kernel.metadata.name, kernel.metadata.shared
-                numbers = (registers, stack, shared, tensor_core(kernel), round(seconds, 2))
+                numbers = (registers, stack, shared, instructions(kernel), round(seconds, 2))
                 rows.append(Row(case, arch, name, constants, *numbers))
     return rows
 
 
 def main(
     arch: Annotated[list[int] | None, typer.Option(help="compute capability, e.g. 90")] = None,
+    quick: Annotated[bool, typer.Option(help="leave out variants of group size and type")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
 ) -> None:
     archs = arch or sorted(SHARED_LIMIT)
@@ -230,7 +280,7 @@ def main(
         raise typer.BadParameter(f"got {sorted(unknown)}, expected some of {sorted(SHARED_LIMIT)}")
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache  # compile here and now, and leave nothing behind
-        rows = compile_all(archs)
+        rows = compile_all(archs, quick)
     if json_path is not None:
         json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     table = Table(title=f"Triton {triton.__version__}, ahead of time")

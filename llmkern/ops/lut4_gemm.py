@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
+from llmkern.ops._int4_weight import refuse_triton_weight
 from llmkern.ops._library import (
     DTYPE_CODES,
     FLOATS,
@@ -79,7 +80,27 @@ def _launch_reference(
     out.copy_(_reference(x, qweight, codebook, scales, bias, group_size))
 
 
+def _refuse_triton(
+    x: Tensor,
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> str | None:
+    return refuse_triton_weight(qweight, layout)
+
+
+def _launch_triton(*args: Any) -> None:
+    from llmkern.triton_kernels.lut4_gemm import launch
+
+    launch(*args)
+
+
 BACKENDS = (
+    Backend("triton", _refuse_triton, _launch_triton),
     Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
