@@ -42,7 +42,7 @@ inline void tile_dot_bf16() {
 constexpr int64_t kTileRows = 16;
 
 struct TileShape {
-  int rows, row_bytes;
+  int64_t rows, row_bytes;
 };
 
 // Shapes of the tile registers of the calling thread, until the end of the scope.

@@ -26,6 +26,9 @@ constexpr int64_t kParallelWork = 1 << 19;
 // Elements of x below which one thread prepares them all.
 constexpr int64_t kParallelElements = 1 << 16;
 
+// Rows of bfloat16 x from which AMX, where there is any, is faster than vectors.
+[[maybe_unused]] constexpr int64_t kAmxLeastRows = 8;
+
 // --- few rows of x ---
 
 // Most rows of x for which looking codes up again for every kFewCols of them is cheaper than
@@ -233,8 +236,16 @@ void multiply_many(const Lut4GemmParams& p) {
 }
 
 }  // namespace
+}  // namespace llmkern::LLMKERN_ISA
+
+#include "lut4_amx.h"
+
+namespace llmkern::LLMKERN_ISA {
 
 void lut4_gemm(const Lut4GemmParams& p) {
+#ifdef __AMX_BF16__
+  if (p.dtype == DType::kBFloat16 && p.M >= kAmxLeastRows) return multiply_amx(p);
+#endif
   if (p.M <= kFew)
     multiply_few(p);
   else

@@ -95,7 +95,9 @@ def test_error_is_not_above_that_of_a_bfloat16_matmul(backend, M):
     x, weight, _, w = make(Case(M, 96, 1024), BF16)
     y = lut4_gemm(x, *weight, group_size=64)
     spec = exact(x, w, None)
-    assert relative_error(y, spec) <= relative_error(F.linear(x, w.to(BF16)), spec)
+    # On AMX many rows are multiplied with the same rounded weight as torch's, summed in another order.
+    slack = 1.05 if compiled_module("_cpu")[0].isa() == "amx" and M >= 8 else 1
+    assert relative_error(y, spec) <= slack * relative_error(F.linear(x, w.to(BF16)), spec)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
