@@ -61,6 +61,7 @@ inline uint16_t float_to_float16(float x) {
 
 // n elements of `dtype`, from element `offset` of src, to floats.
 inline void to_float(const void* src, int64_t offset, DType dtype, int64_t n, float* dst) {
+  if (n == 0) return;  // memcpy refuses the null pointer of an empty tensor
   if (dtype == DType::kFloat32) {
     memcpy(dst, static_cast<const float*>(src) + offset, n * sizeof(float));
     return;
