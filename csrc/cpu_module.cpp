@@ -153,11 +153,11 @@ PYBIND11_MODULE(_cpu, m) {
       "w4a16_gemm",
       [](uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t bias,
          uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t group_size,
-         int dtype, int scales_dtype, int layout) {
+         int dtype, int scales_dtype, int layout, bool int8_activation) {
         active->w4a16_gemm(
             {pointer<void>(x),
              int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype, layout),
-             pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype)});
+             pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype), int8_activation});
       },
       unlocked);
   m.def(

@@ -33,7 +33,8 @@ struct W4A16GemmParams {
   const void* bias;  // [N] in dtype, or null
   void* out;         // [M, N]
   int64_t M, x_stride;
-  DType dtype;  // of x, bias and out
+  DType dtype;                   // of x, bias and out
+  bool int8_activation = false;  // x rounded to 8 bits per row first; CPU only
 };
 
 // out[n, k] = scales * (codes - zeros)

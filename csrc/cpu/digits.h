@@ -3,7 +3,7 @@
 // A chunk of a row of x (at most 128 columns, inside a group of the weight) becomes D digits per
 // element: the largest |x| of the chunk fills 8 * D - 1 bits. D = 4 for float32 x (every bit of an
 // element down to 2^-30 of the largest is kept), 3 for 16-bit x (down to 2^-22, as a float32
-// accumulator would keep).
+// accumulator would keep). D = 1 is the activation rounded to 8 bits, with one scale per row.
 #pragma once
 
 #include <math.h>
@@ -20,7 +20,13 @@ namespace {
 template <int D>
 struct ChunkDigits {
   alignas(64) int8_t digit[D][kMaxChunk];
-  float scale;  // a power of two; NaN if the chunk is not finite, and then the digits are 0
+  float
+      scale;  // NaN if the chunk is not finite, and then the digits are 0; if D > 1 a power of two
+};
+
+// How elements of x become integers: value * factor, and back with scale.
+struct RowScale {
+  float factor, scale;
 };
 
 // Largest number that D signed 8-bit digits can hold, rounded down to a float.
@@ -48,8 +54,29 @@ inline uint32_t largest_magnitude(const float* x, int64_t n) {
   return top;
 }
 
+// Of a whole row, for D = 1. A row too small for a finite factor counts as 0.
+inline RowScale row_scale(const W4A16GemmParams& p, int64_t m, int64_t columns) {
+  uint32_t top = 0;
+  for (int64_t k = 0; k < p.w.K; k += columns) {
+    alignas(64) float x[kMaxChunk];
+    to_float(p.x, m * p.x_stride + k, p.dtype, columns, x);
+    const uint32_t magnitude = largest_magnitude(x, columns);
+    top = magnitude > top ? magnitude : top;
+  }
+  if (top >= 0x7f800000) return {0, bits_float(0x7fc00000)};
+  const float factor = 127.f / bits_float(top);
+  return {float_bits(factor) < 0x7f800000 ? factor : 0, bits_float(top) / 127.f};
+}
+
+inline void split_chunk(const float* x, int64_t n, const RowScale& row, ChunkDigits<1>& out) {
+  alignas(64) int32_t fixed[kMaxChunk];
+  out.scale = row.scale;
+  to_fixed(x, row.factor, n, fixed);
+  for (int64_t i = 0; i < n; ++i) out.digit[0][i] = int8_t(fixed[i]);
+}
+
 template <int D>
-inline void split_chunk(const float* x, int64_t n, ChunkDigits<D>& out) {
+inline void split_chunk(const float* x, int64_t n, const RowScale&, ChunkDigits<D>& out) {
   const uint32_t top = largest_magnitude(x, n);
   if (top >= 0x7f800000) {
     out.scale = bits_float(0x7fc00000);

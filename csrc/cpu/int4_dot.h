@@ -66,7 +66,7 @@ inline Ints end(Ints acc, Ints part) {
 #ifdef LLMKERN_SIMD
 // Rows of x that share one unpacking of the codes: as many as the accumulators allow.
 template <int D>
-constexpr int kRows = kLanes == 16 ? (D == 2   ? 6
+constexpr int kRows = kLanes == 16 ? (D == 1   ? 6
                                       : D == 3 ? 4
                                                : 3)
                                    : 1;

@@ -46,7 +46,8 @@ inline void expand_row(const Lut4Weight& w, const Rows& rows, int64_t r, int64_t
     const __m256i entries =
         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(__m512(rows.book(r, g).entries)));
     // Twice, so that the fifth bit of an index does not matter.
-    const __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(entries), entries, 1);
+    const __m512i table =
+        _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(entries), entries, 1);
     for (; k < end; k += kUnit, unit += kUnitBytes, out += kTileWords) {
       const __m512i bytes = _mm512_maskz_cvtepu8_epi32(
           0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(unit)));

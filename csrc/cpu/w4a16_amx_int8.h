@@ -23,7 +23,7 @@ namespace {
 
 // Rows of x that pass over a block's tiles together: accumulators, digits of a chunk and codes fill
 // the L1 cache.
-constexpr int64_t kAmxPanel = 64;
+constexpr int64_t kAmxPanel = 128;
 
 struct AmxDigits {
   int8_t* x;      // [groups of 16 rows][K / step][16 * D][step]
@@ -39,11 +39,12 @@ template <int D>
 void split_row(const W4A16GemmParams& p, int64_t m0, const AmxDigits& digits, int64_t m) {
   const int64_t n = digits.columns, step = digits.step, a = m % kTileRows * D;
   int8_t* group = digits.x + m / kTileRows * kTileRows * D * digits.K;
+  const RowScale row = D == 1 ? row_scale(p, m0 + m, n) : RowScale{};
   for (int64_t c = 0; c < digits.chunks; ++c) {
     alignas(64) float x[kMaxChunk];
     ChunkDigits<D> chunk;
     to_float(p.x, (m0 + m) * p.x_stride + c * n, p.dtype, n, x);
-    split_chunk(x, n, chunk);
+    split_chunk(x, n, row, chunk);
     digits.scales[m * digits.chunks + c] = chunk.scale;
     for (int64_t k = 0; k < n; k += step) {
       int8_t* block = group + (c * n + k) * kTileRows * D;
@@ -78,11 +79,13 @@ inline void unpack(const Tile& tile, int64_t columns, Codes& codes) {
   }
 }
 
-// The integer sums of up to 16 rows of x with 16 rows of w over a chunk, and where they go.
+// The integer sums of up to 16 rows of x with 16 rows of w (64 if D = 1, where tile registers are
+// left for them) over a chunk, and where they go.
 template <int D>
 struct Unit {
-  alignas(64) int32_t sums[kTileRows * D][16];
-  const float* scales;    // of the 16 rows of w
+  static constexpr int kWide = D == 1 ? 4 : 1;
+  alignas(64) int32_t sums[kWide][kTileRows * D][16];
+  const float* scales;    // of the rows of w
   const float* x_scales;  // of the rows of x, `chunks` apart
   float* acc;             // rows kBlock apart
   int64_t rows, chunks;
@@ -103,15 +106,30 @@ inline void dot_unit(const int8_t* a, const int8_t* b, int64_t steps, int64_t st
     if constexpr (TILES > 3) tile_load<5>(a + 48 * step, step), tile_dot<3, 5, 6>();
     a += 16 * D * step;
   }
-  tile_store<0>(unit.sums[0], 64);
-  if constexpr (TILES > 1) tile_store<1>(unit.sums[16], 64);
-  if constexpr (TILES > 2) tile_store<2>(unit.sums[32], 64);
-  if constexpr (TILES > 3) tile_store<3>(unit.sums[48], 64);
+  tile_store<0>(unit.sums[0][0], 64);
+  if constexpr (TILES > 1) tile_store<1>(unit.sums[0][16], 64);
+  if constexpr (TILES > 2) tile_store<2>(unit.sums[0][32], 64);
+  if constexpr (TILES > 3) tile_store<3>(unit.sums[0][48], 64);
+}
+
+inline void dot_wide(const int8_t* a, const int8_t* b, int64_t steps, int64_t step, Unit<1>& unit) {
+  const int64_t next = steps * step * 16;
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (int64_t s = 0; s < steps; ++s, a += 16 * step, b += 16 * step) {
+    tile_load<4>(a, step);
+    tile_load<6>(b, 64), tile_dot<0, 4, 6>();
+    tile_load<7>(b + next, 64), tile_dot<1, 4, 7>();
+    tile_load<6>(b + 2 * next, 64), tile_dot<2, 4, 6>();
+    tile_load<7>(b + 3 * next, 64), tile_dot<3, 4, 7>();
+  }
+  tile_store<0>(unit.sums[0], 64), tile_store<1>(unit.sums[1], 64);
+  tile_store<2>(unit.sums[2], 64), tile_store<3>(unit.sums[3], 64);
 }
 
 template <int D>
 inline void dot_unit(int64_t tiles, const int8_t* a, const int8_t* b, int64_t steps, int64_t step,
                      Unit<D>& unit) {
+  if constexpr (D == 1) return dot_wide(a, b, steps, step, unit);
   if (tiles == 1) return dot_unit<D, 1>(a, b, steps, step, unit);
   if constexpr (D > 1)
     if (tiles == 2) return dot_unit<D, 2>(a, b, steps, step, unit);
@@ -123,20 +141,25 @@ inline void dot_unit(int64_t tiles, const int8_t* a, const int8_t* b, int64_t st
 // acc += scales * (the digits' sums put together).
 template <int D>
 inline void accumulate(const Unit<D>& unit) {
-  const __m512 scales = _mm512_loadu_ps(unit.scales), high = _mm512_set1_ps(65536.f);
-  for (int64_t r = 0; r < unit.rows; ++r) {
-    const int32_t (*sums)[16] = unit.sums + r * D;
-    const auto pair = [sums](int d) {
-      return _mm512_cvtepi32_ps(_mm512_add_epi32(
-          _mm512_load_si512(sums[d]), _mm512_slli_epi32(_mm512_load_si512(sums[d + 1]), 8)));
-    };
-    __m512 sum = pair(0);
-    if constexpr (D == 3)
-      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[2])), high, sum);
-    if constexpr (D == 4) sum = _mm512_fmadd_ps(pair(2), high, sum);
-    const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(unit.x_scales[r * unit.chunks]));
-    float* acc = unit.acc + r * kBlock;
-    _mm512_store_ps(acc, _mm512_fmadd_ps(scale, sum, _mm512_load_ps(acc)));
+  const __m512 high = _mm512_set1_ps(65536.f);
+  const auto floats = [](__m512i v) { return _mm512_maskz_cvtepi32_ps(0xffff, v); };
+  for (int j = 0; j < Unit<D>::kWide; ++j) {
+    const __m512 scales = _mm512_loadu_ps(unit.scales + 16 * j);
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const int32_t (*sums)[16] = unit.sums[j] + r * D;
+      const auto pair = [=](int d) {
+        const __m512i upper = _mm512_maskz_slli_epi32(0xffff, _mm512_load_si512(sums[d + 1]), 8);
+        return floats(_mm512_add_epi32(_mm512_load_si512(sums[d]), upper));
+      };
+      __m512 sum;
+      if constexpr (D == 1) sum = floats(_mm512_load_si512(sums[0]));
+      if constexpr (D == 3)
+        sum = _mm512_fmadd_ps(floats(_mm512_load_si512(sums[2])), high, pair(0));
+      if constexpr (D == 4) sum = _mm512_fmadd_ps(pair(2), high, pair(0));
+      const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(unit.x_scales[r * unit.chunks]));
+      float* acc = unit.acc + r * kBlock + 16 * j;
+      _mm512_store_ps(acc, _mm512_fmadd_ps(scale, sum, _mm512_load_ps(acc)));
+    }
   }
 }
 
@@ -160,7 +183,7 @@ void multiply_block(const W4A16GemmParams& p, const AmxDigits& digits, int64_t m
     for (int64_t row = first; row < last; row += kTileRows) {
       const int64_t rows = smaller(kTileRows, last - row);
       const int8_t* a = digits.x + (row * digits.K + c * columns * kTileRows) * D;
-      for (int j = 0; j < 4; ++j, ++done) {
+      for (int j = 0; j < 4; j += Unit<D>::kWide, ++done) {
         Unit<D>& unit = units[done % 2];
         dot_unit<D>((rows * D + 15) / 16, a, codes.b + j * columns * 16, steps, step, unit);
         if (done) accumulate(units[1 - done % 2]);

@@ -31,23 +31,26 @@ struct Digits {
   int64_t rows, K, columns, chunks;
 };
 
-// Chunk c of row m of x into its digits.
+// Row m of x into its digits.
 template <int D>
-void split(const W4A16GemmParams& p, int64_t m0, const Digits& digits, int64_t m, int64_t c) {
+void split(const W4A16GemmParams& p, int64_t m0, const Digits& digits, int64_t m) {
   const int64_t n = digits.columns, tile = m / kRows<D> * kRows<D>;
   const int64_t rows = smaller(kRows<D>, digits.rows - tile), at = (m - tile) * D;
-  int32_t* out = digits.x + (tile * digits.K + c * n * rows) / 4 * D + at;
-  int32_t* sums = digits.x_sums + (tile * digits.chunks + c * rows) * D + at;
-  alignas(64) float x[kMaxChunk];
-  ChunkDigits<D> chunk;
-  to_float(p.x, (m0 + m) * p.x_stride + c * n, p.dtype, n, x);
-  split_chunk(x, n, chunk);
-  digits.scales[m * digits.chunks + c] = chunk.scale;
-  for (int d = 0; d < D; ++d) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += chunk.digit[d][i];
-    for (int64_t q = 0; q < n / 4; ++q) memcpy(out + q * rows * D + d, chunk.digit[d] + 4 * q, 4);
-    sums[d] = sum & 0xffff;
+  const RowScale row = D == 1 ? row_scale(p, m0 + m, n) : RowScale{};
+  for (int64_t c = 0; c < digits.chunks; ++c) {
+    int32_t* out = digits.x + (tile * digits.K + c * n * rows) / 4 * D + at;
+    int32_t* sums = digits.x_sums + (tile * digits.chunks + c * rows) * D + at;
+    alignas(64) float x[kMaxChunk];
+    ChunkDigits<D> chunk;
+    to_float(p.x, (m0 + m) * p.x_stride + c * n, p.dtype, n, x);
+    split_chunk(x, n, row, chunk);
+    digits.scales[m * digits.chunks + c] = chunk.scale;
+    for (int d = 0; d < D; ++d) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < n; ++i) sum += chunk.digit[d][i];
+      for (int64_t q = 0; q < n / 4; ++q) memcpy(out + q * rows * D + d, chunk.digit[d] + 4 * q, 4);
+      sums[d] = sum & 0xffff;
+    }
   }
 }
 
@@ -55,8 +58,7 @@ void split(const W4A16GemmParams& p, int64_t m0, const Digits& digits, int64_t m
 template <int D>
 inline void accumulate(const int32_t* sums, const float* scales, float x_scale, float* acc) {
   for (int64_t n = 0; n < kBlock; ++n) {
-    const int32_t low = sums[n] + 256 * sums[kBlock + n];
-    float sum = float(low);
+    float sum = float(D == 1 ? sums[n] : sums[n] + 256 * sums[kBlock + n]);
     if (D == 3) sum = fmaf(float(sums[2 * kBlock + n]), 65536.f, sum);
     if (D == 4) sum = fmaf(float(sums[2 * kBlock + n] + 256 * sums[3 * kBlock + n]), 65536.f, sum);
     acc[n] = fmaf(scales[n] * x_scale, sum, acc[n]);
@@ -85,7 +87,11 @@ inline void multiply_tile(const Tile& tile, const Digits& digits, int64_t row, i
     if (rows == 2) return multiply_rows<2, D>(tile, digits, row, c, acc);
   if constexpr (kMost >= 3)
     if (rows == 3) return multiply_rows<3, D>(tile, digits, row, c, acc);
-  if constexpr (kMost >= 4) multiply_rows<4, D>(tile, digits, row, c, acc);
+  if constexpr (kMost >= 4)
+    if (rows == 4) return multiply_rows<4, D>(tile, digits, row, c, acc);
+  if constexpr (kMost >= 5)
+    if (rows == 5) return multiply_rows<5, D>(tile, digits, row, c, acc);
+  if constexpr (kMost >= 6) multiply_rows<6, D>(tile, digits, row, c, acc);
 }
 
 // Columns n0 .. n0 + 63 of the output for rows `first` .. `last` of the digits, which start at row
@@ -125,8 +131,7 @@ void multiply(const W4A16GemmParams& p) {
     const int64_t panels = (digits.rows + kPanel - 1) / kPanel;
     // A few rows are split by one thread: every barrier waits for the slowest.
 #pragma omp parallel for schedule(static) if (digits.rows * K >= kParallelSplit)
-    for (int64_t i = 0; i < digits.rows * digits.chunks; ++i)
-      split<D>(p, m0, digits, i / digits.chunks, i % digits.chunks);
+    for (int64_t m = 0; m < digits.rows; ++m) split<D>(p, m0, digits, m);
 #pragma omp parallel for schedule(dynamic) if (digits.rows * N * K >= kParallelWork)
     for (int64_t i = 0; i < panels * blocks; ++i) {
       const int64_t first = i / blocks * kPanel;
@@ -142,7 +147,7 @@ void multiply(const W4A16GemmParams& p) {
 template <int D>
 void run(const W4A16GemmParams& p) {
 #ifdef __AMX_INT8__
-  if (p.dtype == DType::kBFloat16 && p.M >= kBf16Rows) return multiply_amx_bf16(p);
+  if (D > 1 && p.dtype == DType::kBFloat16 && p.M >= kBf16Rows) return multiply_amx_bf16(p);
   if (p.M > 1) return multiply_amx<D>(p);
 #endif
   multiply<D>(p);
@@ -151,7 +156,9 @@ void run(const W4A16GemmParams& p) {
 }  // namespace
 
 void w4a16_gemm(const W4A16GemmParams& p) {
-  if (p.dtype == DType::kFloat32)
+  if (p.int8_activation)
+    run<1>(p);
+  else if (p.dtype == DType::kFloat32)
     run<4>(p);
   else
     run<3>(p);

@@ -48,6 +48,8 @@ class Int4Linear(PackedLinear):
         group_size: K-elements per scale; in_features for one scale per row.
         symmetric: no zero points.
         format: the same as a `QuantFormat`, its group_size None where that was asked for.
+        activation: "float", or "int8" to round each row of x to 8 bits first (see
+            `llmkern.ops.w4a16_gemm`): less exact, faster on long prompts, CPU only. Not saved.
 
     Args:
         in_features: K, any multiple of the group size.
@@ -61,6 +63,7 @@ class Int4Linear(PackedLinear):
         ValueError: bits not 2, 3 or 4, or a group size that does not divide in_features.
     """
 
+    activation = "float"
     _FILE_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     _REPACKED_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
     _KERNEL_BUFFERS = ("_qweight", "_scales", "_zeros")
@@ -255,6 +258,7 @@ class Int4Linear(PackedLinear):
             bias,
             group_size=padded_group_size(self.group_size),
             layout=layout,
+            activation=self.activation,
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -30,6 +30,18 @@ def dequantize_int4(
     return (scales.to(work)[..., None] * (codes - centre)).reshape(N, -1).to(dtype)
 
 
+def round_rows(x: Tensor) -> Tensor:
+    """x [M, K] rounded to 8 bits per row in float32: q * max|x| / 127, q the integers -127 .. 127."""
+    rows = x.float()
+    top = rows.abs().amax(1, keepdim=True) if x.shape[1] else rows.new_zeros(len(x), 1)
+    factor = 127 / top
+    # A row too small for a finite factor counts as 0.
+    factor = torch.where(torch.isinf(factor), torch.zeros_like(factor), factor)
+    return ((rows * factor).round() * (top / 127)).to(
+        x.dtype if x.dtype == torch.float64 else rows.dtype
+    )
+
+
 def w4a16_gemm(
     x: Tensor,
     qweight: Tensor,
@@ -37,11 +49,12 @@ def w4a16_gemm(
     zeros: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    activation: str = "float",
 ) -> Tensor:
     """y [M, N] in x.dtype, accumulated in float32, or in float64 for a float64 x."""
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = dequantize_int4(qweight, scales, zeros, group_size, work)
-    y = x.to(work) @ w.t()
+    y = (round_rows(x) if activation == "int8" else x).to(work) @ w.t()
     if bias is not None:
         y += bias.to(work)
     return y.to(x.dtype)

@@ -138,7 +138,7 @@ def test_opcheck(emulator):
     x = torch.randn(3, 96, dtype=torch.bfloat16, requires_grad=True)
     bias = torch.randn(70, dtype=torch.bfloat16, requires_grad=True)
     op = torch.ops.llmkern.w4a16_gemm.default
-    torch.library.opcheck(op, (x, *packed, bias, 32, "cuda"))
+    torch.library.opcheck(op, (x, *packed, bias, 32, "cuda", "float"))
 
 
 @pytest.mark.parametrize("name", ["qweight", "zeros"])

@@ -14,7 +14,7 @@ from llmkern.formats.int4 import pack_codes
 from llmkern.formats.int4_cpu import to_cpu_layout
 from llmkern.ops import dequantize_int4, w4a16_gemm
 from llmkern.reference.w4a16_gemm import dequantize_int4 as dequantize_reference
-from llmkern.testing import assert_matches, random_int4_weight
+from llmkern.testing import assert_matches, random_int4_weight, relative_error
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ISAS = compiled_module("_cpu")[0].isas()
@@ -221,7 +221,9 @@ def test_gradients_match_float64(backend, dtype, layout):
 def test_opcheck(layout, symmetric):
     x, weight, bias, _ = make(Case(3, 70, 64, 32, symmetric, bias=True), F32, layout)
     op = torch.ops.llmkern.w4a16_gemm.default
-    torch.library.opcheck(op, (x.requires_grad_(), *weight, bias.requires_grad_(), 32, layout))
+    torch.library.opcheck(
+        op, (x.requires_grad_(), *weight, bias.requires_grad_(), 32, layout, "float")
+    )
 
 
 def test_compiles_without_a_graph_break():
@@ -292,3 +294,34 @@ def test_a_forced_backend_that_cannot_serve_is_an_error():
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="isa: got sse9"):
         compiled_module("_cpu")[0].set_isa("sse9")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("M", [1, 6, 40])
+def test_int8_activation_matches_its_definition(backend, M, dtype):
+    x, weight, bias, w = make(Case(M, 70, 320, 160, symmetric=False, bias=True), dtype)
+    x[0, 3] = 40.0
+    y = w4a16_gemm(x, *weight, bias, group_size=160, activation="int8")
+    q = torch.clamp((x.double() / x.double().abs().amax(1, keepdim=True) * 127).round(), -127, 127)
+    rounded = q * x.double().abs().amax(1, keepdim=True) / 127
+    # A near tie may fall to the other side in float32.
+    assert relative_error(y, exact(rounded, w, bias)) < (1e-2 if dtype == BF16 else 2e-3)
+    assert 1e-3 < relative_error(y, exact(x, w, bias)) < 5e-2
+
+
+def test_int8_activation_is_per_row_and_handles_extremes(backend):
+    x, weight, _, w = make(Case(7, 70, 128, 64), F32)
+    x[2] = 0
+    x[3] *= 1e-42
+    x[4] *= 1e30
+    x[5, 5] = float("inf")
+    y = w4a16_gemm(x, *weight, group_size=64, activation="int8")
+    assert torch.equal(y[2:4], torch.zeros(2, 70))
+    assert not torch.isfinite(y[5]).any()
+    for row in (0, 1, 4, 6):
+        assert relative_error(y[row], exact(x[row], w, None)) < 2e-2
+
+
+def test_int8_activation_is_refused_where_it_is_not_served():
+    with pytest.raises(ValueError, match="activation: got 'int4', expected one of float, int8"):
+        w4a16_gemm(**arguments(), group_size=32, activation="int4")
