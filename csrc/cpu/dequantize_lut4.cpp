@@ -10,7 +10,7 @@ void dequantize_lut4(const DequantizeLut4Params& p) {
   const Lut4Weight& w = p.w;
   const int64_t floats = Rows::scratch_floats(w, 1) + w.K;
   const bool parallel = w.N * w.K >= 1 << 17;
-  const Buffer buffer(floats * (parallel ? omp_get_max_threads() : 1));
+  const Buffer<float> buffer(floats * (parallel ? omp_get_max_threads() : 1));
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t n = 0; n < w.N; ++n) {
     float* values = buffer.data() + floats * omp_get_thread_num();

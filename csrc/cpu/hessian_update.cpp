@@ -9,11 +9,8 @@
 // with the square root of their lengths, not of T. alpha multiplies the finished sums, in float64.
 #include <cstring>
 
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-
 #include "cpu/common/tile.h"
+#include "cpu/convert.h"
 #include "cpu/kernels.h"
 
 #ifdef _OPENMP
@@ -27,50 +24,11 @@ constexpr int64_t kFlush = 2048;
 constexpr int64_t kBlockStrips = 128 / kRows;
 constexpr int64_t kBlock = kBlockStrips * kRows;
 
-float from_half(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
-  float x;
-  if (magnitude < 0x0400) {  // zero or subnormal: a multiple of 2^-24
-    x = float(magnitude) * 0x1p-24f;
-  } else {
-    // Infinity and NaN keep an exponent of all ones.
-    const uint32_t bits = (magnitude << 13) + (magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u);
-    std::memcpy(&x, &bits, sizeof x);
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits |= sign;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-void convert(const HessianUpdateParams& p, int64_t at, int64_t n, float* out) {
-  if (p.dtype == DType::kFloat32) {
-    std::memcpy(out, static_cast<const float*>(p.x) + at, size_t(n) * sizeof(float));
-    return;
-  }
-  const uint16_t* x = static_cast<const uint16_t*>(p.x) + at;
-  int64_t i = 0;
-  if (p.dtype == DType::kBFloat16) {
-    for (; i < n; ++i) {
-      const uint32_t bits = uint32_t(x[i]) << 16;
-      std::memcpy(out + i, &bits, sizeof bits);
-    }
-    return;
-  }
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(out + i,
-                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-#endif
-  for (; i < n; ++i) out[i] = from_half(x[i]);
-}
-
 // Columns [s * kRows, ...) of rows [t0, t1) of x as a strip; columns beyond K are zero.
 void pack_strip(const HessianUpdateParams& p, int64_t s, int64_t t0, int64_t t1, float* strip) {
   const int64_t cols = min_of(kRows, p.K - s * kRows);
   for (int64_t t = t0; t < t1; ++t, strip += kRows) {
-    convert(p, t * p.K + s * kRows, cols, strip);
+    to_float(p.x, t * p.K + s * kRows, p.dtype, cols, strip);
     for (int64_t c = cols; c < kRows; ++c) strip[c] = 0;
   }
 }

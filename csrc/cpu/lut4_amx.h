@@ -124,7 +124,7 @@ inline void multiply_amx(const Lut4GemmParams& p) {
   const int64_t panels = ceil_div(p.M, kAmxPanel), groups = ceil_div(p.M, kTileRows);
   const int64_t packed = groups * kTileRows * K / 2;  // in floats
   const int64_t floats = Rows::scratch_floats(p.w, kAmxRows);
-  const Buffer buffer(packed + floats * omp_get_max_threads());
+  const Buffer<float> buffer(packed + floats * omp_get_max_threads());
   uint16_t* x = reinterpret_cast<uint16_t*>(buffer.data());
 #pragma omp parallel for schedule(static) if (p.M * K >= kParallelElements)
   for (int64_t g = 0; g < groups; ++g)

@@ -102,7 +102,7 @@ void multiply_few(const Lut4GemmParams& p) {
   const int64_t N = p.w.N, K = p.w.K, blocks = ceil_div(N, kFewBlock);
   const int64_t floats = Rows::scratch_floats(p.w, kSharing<1>);
   const bool parallel = p.M * N * K >= kParallelWork;
-  const Buffer buffer(padded(p.M * K) + floats * (parallel ? omp_get_max_threads() : 1));
+  const Buffer<float> buffer(padded(p.M * K) + floats * (parallel ? omp_get_max_threads() : 1));
   float* x = buffer.data();
   for (int64_t m = 0; m < p.M; ++m) to_float(p.x, m * p.x_stride, p.dtype, K, x + m * K);
 #pragma omp parallel for schedule(dynamic) if (parallel)
@@ -218,7 +218,7 @@ void multiply_many(const Lut4GemmParams& p) {
   const int64_t chunks = ceil_div(K, kPanelCols);
   const int64_t strip_floats = ceil_div(min_of(p.M, kPanelRows), kStrip) * K * kStrip;
   const int64_t floats = Rows::scratch_floats(p.w, kBlock);
-  const Buffer buffer(strip_floats + floats * omp_get_max_threads());
+  const Buffer<float> buffer(strip_floats + floats * omp_get_max_threads());
   float* x = buffer.data();
   for (int64_t m0 = 0; m0 < p.M; m0 += kPanelRows) {
     const int64_t rows = min_of(kPanelRows, p.M - m0);

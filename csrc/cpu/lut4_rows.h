@@ -5,8 +5,7 @@
 // itself, for the book is multiplied with the scale of a group before its codes are looked up.
 #pragma once
 
-#include <new>
-
+#include "common/buffer.h"
 #include "common/tile.h"
 #include "convert.h"
 
@@ -86,20 +85,6 @@ inline void look_up(const uint8_t* unit, const Book& book, Vec* w) {
   memcpy(w, values, sizeof values);
 }
 #endif
-
-// Uninitialised memory for one call.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats)
-      : data_(static_cast<float*>(operator new(floats * sizeof(float), std::align_val_t(64)))) {}
-  ~Buffer() { operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_;
-};
 
 // Some consecutive rows of a weight, in `Rows::scratch_floats` floats of a thread's own memory.
 class Rows {

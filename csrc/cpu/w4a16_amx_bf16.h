@@ -191,8 +191,8 @@ inline void multiply_amx_bf16(const W4A16GemmParams& p) {
   const int64_t K = p.w.K, blocks = (p.w.N + kBlock - 1) / kBlock;
   const int64_t rows = smaller(p.M, (kWorkspaceBytes / (kBf16Panel * K * 2 + 1) + 1) * kBf16Panel);
   const int64_t padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
-  const Buffer buffer(padded * K * 2);
-  uint16_t* packed = static_cast<uint16_t*>(buffer.data());
+  const Buffer<uint16_t> buffer(padded * K);
+  uint16_t* packed = buffer.data();
   const TileShape t = {16, 64};
   for (int64_t m0 = 0; m0 < p.M; m0 += rows) {
     const int64_t count = smaller(rows, p.M - m0);

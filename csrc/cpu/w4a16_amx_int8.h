@@ -206,11 +206,11 @@ void multiply_amx(const W4A16GemmParams& p) {
   const int64_t blocks = (p.w.N + kBlock - 1) / kBlock;
   const int64_t rows = smaller(
       p.M, (kWorkspaceBytes / (AmxDigits::bytes(kAmxPanel, K, chunks, D) + 1) + 1) * kAmxPanel);
-  const Buffer buffer(AmxDigits::bytes(rows, K, chunks, D));
+  const Buffer<int8_t> buffer(AmxDigits::bytes(rows, K, chunks, D));
   const TileShape c = {16, 64}, a = {16, step}, b = {step / 4, 64};
   for (int64_t m0 = 0; m0 < p.M; m0 += rows) {
     const int64_t count = smaller(rows, p.M - m0), padded = (count + 15) / 16 * 16;
-    int8_t* x = static_cast<int8_t*>(buffer.data());
+    int8_t* x = buffer.data();
     const AmxDigits digits = {
         x, reinterpret_cast<float*>(x + padded * K * D), count, K, columns, chunks, step};
     const int64_t panels = (count + kAmxPanel - 1) / kAmxPanel;

@@ -1,8 +1,7 @@
 // What the two forms of w4a16_gemm share: limits, workspace, the end of a block of columns.
 #pragma once
 
-#include <new>
-
+#include "common/buffer.h"
 #include "int4_tile.h"
 
 namespace llmkern::LLMKERN_ISA {
@@ -14,19 +13,6 @@ constexpr int64_t kWorkspaceBytes = 32 << 20;
 constexpr int64_t kParallelWork = 1 << 19;
 // Elements of x below which one thread splits them all.
 constexpr int64_t kParallelSplit = 1 << 16;
-
-// Uninitialised memory, aligned to a cache line.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : data_(operator new(bytes, std::align_val_t(64))) {}
-  ~Buffer() { operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  void* data() const { return data_; }
-
- private:
-  void* data_;
-};
 
 // acc [rows, 64] plus bias into rows m0 .. and columns n0 .. of the output.
 inline void store_block(const W4A16GemmParams& p, float* acc, int64_t m0, int64_t rows,

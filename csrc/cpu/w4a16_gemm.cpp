@@ -121,8 +121,8 @@ void multiply(const W4A16GemmParams& p) {
   const int64_t step = smaller(p.M, panels_at_once * kPanel);
   const int64_t chunks = K / columns, sums_at = step * K / 4 * D,
                 scales_at = sums_at + step * chunks * D;
-  const Buffer buffer((scales_at + step * chunks) * 4);
-  int32_t* x = static_cast<int32_t*>(buffer.data());
+  const Buffer<int32_t> buffer(scales_at + step * chunks);
+  int32_t* x = buffer.data();
   static_assert(kPanel % kRows<D> == 0, "panels start with a tile of rows");
   for (int64_t m0 = 0; m0 < p.M; m0 += step) {
     const Digits digits = {
