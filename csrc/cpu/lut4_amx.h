@@ -41,10 +41,11 @@ inline void pack_group(const Lut4GemmParams& p, int64_t m0, int64_t rows, uint16
 inline void expand_row(const Lut4Weight& w, const Rows& rows, int64_t r, int64_t first,
                        int64_t last, uint16_t* out) {
   const uint8_t* unit = rows.codes(r) + first / 2;
+  const RowBooks books = rows.books(r);
   for (int64_t k = first; k < last;) {
     const int64_t g = k / w.group_size, end = min_of(last, (g + 1) * w.group_size);
-    const __m256i entries =
-        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(__m512(rows.book(r, g).entries)));
+    const __m256i entries = reinterpret_cast<__m256i>(
+        _mm512_cvtneps_pbh(__m512(books.at(g, w.book_group_stride).entries)));
     // Twice, so that the fifth bit of an index does not matter.
     const __m512i table =
         _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(entries), entries, 1);

@@ -39,6 +39,7 @@ constexpr int kFewCols = 4;
 template <int C>
 constexpr int kSharing = kLanes == 16 ? (C <= 2 ? 8 : 4) : (C == 1 ? 4 : 2);
 constexpr int64_t kFewBlock = 32;
+constexpr int64_t kCodesPerLine = 128;  // of 64 bytes
 
 // Sum of the lanes, halves added to halves.
 inline float lane_sum(Vec v) {
@@ -53,18 +54,23 @@ inline float lane_sum(Vec v) {
 template <int R, int C>
 void dot_rows(const Lut4Weight& w, const Rows& rows, const float* x, float* sums) {
   const uint8_t* codes[R];
-  for (int r = 0; r < R; ++r) codes[r] = rows.codes(r);
+  RowBooks row_books[R];
+  for (int r = 0; r < R; ++r) {
+    codes[r] = rows.codes(r);
+    row_books[r] = rows.books(r);
+  }
   // The rows of the next pass, which follow these in memory, on their way into L2.
   const int64_t ahead = R * (w.K / 2);
   Vec acc[R][C] = {};
   for (int64_t g = 0, k = 0; k < w.K; ++g) {
     Book books[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) books[r] = rows.book(r, g);
+    for (int r = 0; r < R; ++r) books[r] = row_books[r].at(g, w.book_group_stride);
     for (const int64_t end = k + w.group_size; k < end; k += kUnit) {
+      if (k % kCodesPerLine == 0)
+        for (int r = 0; r < R; ++r) __builtin_prefetch(codes[r] + k / 2 + ahead, 0, 2);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(codes[r] + k / 2 + ahead, 0, 2);
         Vec values[kUnitVecs];
         look_up(codes[r] + k / 2, books[r], values);
 #pragma GCC unroll 4
@@ -75,7 +81,10 @@ void dot_rows(const Lut4Weight& w, const Rows& rows, const float* x, float* sums
       }
     }
   }
+  // Unrolled, or the sums would live in memory all along, where a variable index can reach them.
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sums[c * R + r] = lane_sum(acc[r][c]);
 }
 

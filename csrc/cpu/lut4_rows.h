@@ -86,6 +86,15 @@ inline void look_up(const uint8_t* unit, const Book& book, Vec* w) {
 }
 #endif
 
+// The books of a row's groups.
+struct RowBooks {
+  const float *codebook, *scales;
+
+  Book at(int64_t g, int64_t group_stride) const {
+    return scaled(codebook + g * group_stride, scales[g]);
+  }
+};
+
 // Some consecutive rows of a weight, in `Rows::scratch_floats` floats of a thread's own memory.
 class Rows {
  public:
@@ -120,17 +129,17 @@ class Rows {
     return static_cast<const uint8_t*>(w_.qweight) + row(r) * (w_.K / 2);
   }
 
-  Book book(int64_t r, int64_t g) const {
-    const float* book = w_.codebook + row(r) * w_.book_row_stride + g * w_.book_group_stride;
-    return scaled(book, scales_[r * scale_stride_ + g]);
+  RowBooks books(int64_t r) const {
+    return {w_.codebook + row(r) * w_.book_row_stride, scales_ + r * scale_stride_};
   }
 
   // Columns first .. last - 1, multiples of 32, of row r.
   void dequantize(int64_t r, int64_t first, int64_t last, float* out) const {
     const uint8_t* unit = codes(r) + first / 2;
+    const RowBooks row_books = books(r);
     for (int64_t k = first; k < last;) {
       const int64_t g = k / w_.group_size, end = min_of(last, (g + 1) * w_.group_size);
-      const Book values = book(r, g);
+      const Book values = row_books.at(g, w_.book_group_stride);
       for (; k < end; k += kUnit, unit += kUnitBytes, out += kUnit) {
         Vec w[kUnitVecs];
         look_up(unit, values, w);
