@@ -5,8 +5,8 @@ row with the tightest limits serves (M first, then N, then K). A table is kept p
 ("16-bit" or "float32") and per number of multiprocessors, of which the nearest is taken. SPLIT_K is part
 of a row: so within one range of M a row of the result does not depend on the number of rows.
 
-`source` says what a row rests on: the GPU that it was tuned on and when, or "estimate". Every row is an
-estimate until bench/tune_triton.py has run on a GPU; it writes the file.
+`source` says what a row rests on: the GPU that it was tuned on and when, or "estimate". No row has been
+tuned on a GPU so far: `python bench/tune_triton.py estimate` writes the file.
 """
 
 import json
