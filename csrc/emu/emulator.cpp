@@ -9,6 +9,7 @@
 
 #include <iterator>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 
 #include "emu/internal.h"
@@ -145,23 +146,26 @@ std::string explain_barrier(const Fiber& waiting) {
   return "";
 }
 
-// Why none of the threads that are left can go on: the first of each kind that waits.
+// Why none of the threads that are left can go on: the first of each kind that waits, and of each
+// mbarrier, since the one that lacks an arrival is seldom the first that somebody waits for.
 std::string explain_deadlock() {
-  std::string warp, mbarrier, barrier;
+  std::string warp, mbarriers, barrier;
+  std::set<const Mbarrier*> named;
   for (const Block& block : cluster.blocks)
     for (const Fiber& fiber : block.fibers) {
       if (fiber.state == State::kDone) continue;
       const std::string waits = name(fiber) + " waits at " + text(fiber.site);
       if (fiber.state == State::kAtWarpOperation && warp.empty())
         warp = "divergent warp: " + waits + " for lanes of its mask that never come there";
-      if (fiber.state == State::kAtMbarrier && mbarrier.empty())
-        mbarrier = "deadlock: " + waits + " for the phase of parity " +
-                   std::to_string(fiber.parity) + " of the " + describe(block, *fiber.mbarrier);
+      if (fiber.state == State::kAtMbarrier && named.insert(fiber.mbarrier).second)
+        mbarriers += (mbarriers.empty() ? "deadlock: " : "; ") + waits +
+                     " for the phase of parity " + std::to_string(fiber.parity) + " of the " +
+                     describe(block, *fiber.mbarrier);
       if ((fiber.state == State::kAtBarrier || fiber.state == State::kAtClusterBarrier) &&
           barrier.empty())
         barrier = explain_barrier(fiber);
     }
-  std::string all = mbarrier;
+  std::string all = mbarriers;
   for (const std::string& part : {warp, barrier})
     if (!part.empty()) all += (all.empty() ? "" : "; ") + part;
   return all;

@@ -19,7 +19,9 @@ import torch
 
 from llmkern import _backends
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+EMULATOR = sorted((ROOT / "csrc" / "emu").glob("*.cpp"))
 BUILD = ROOT / "build" / f"emu-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 # Plain arithmetic must round once, as the sources say; the sanitizer's traps become errors of the
 # launch: misaligned vector accesses, array indices, shifts, signed overflow.
@@ -64,8 +66,39 @@ def build(target: str, sources: list[Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def build_for_host() -> Callable[[str, list[Path]], Path]:
-    return build
+def library() -> ctypes.CDLL:
+    """The probe kernels: small ones, right or broken on purpose, for tests of the emulator itself."""
+    return ctypes.CDLL(str(build("probes.so", [*sorted(HERE.glob("probe_*.cu")), *EMULATOR])))
+
+
+class Probe(ctypes.Structure):
+    """As in probes.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("a", "b", "c", "out")] + [
+        ("mode", ctypes.c_int)
+    ]
+
+
+@pytest.fixture
+def probe(library: ctypes.CDLL) -> Callable[..., str]:
+    """probe(entry, name, out, a, b, c, mode=0, reverse=False): runs a probe kernel; its error or ""."""
+
+    def run(
+        entry: str,
+        name: str,
+        out: torch.Tensor,
+        *operands: torch.Tensor,
+        mode: int = 0,
+        reverse: bool = False,
+    ) -> str:
+        a, b, c = [*(t.data_ptr() for t in operands), None, None, None][:3]
+        function = getattr(library, entry)
+        function.restype = ctypes.c_char_p
+        function.argtypes = [ctypes.c_char_p, ctypes.POINTER(Probe), ctypes.c_bool]
+        arguments = Probe(a, b, c, out.data_ptr(), mode)
+        return function(name.encode(), ctypes.byref(arguments), reverse).decode()
+
+    return run
 
 
 @pytest.fixture(scope="session")

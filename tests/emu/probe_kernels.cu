@@ -4,12 +4,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "cuda/common/dtype.cuh"
 #include "cuda/common/launch.h"
 #include "emu/emulator.h"
+#include "probes.h"
 
 using namespace llmkern::cuda;
 
@@ -118,24 +116,12 @@ __global__ void coordinates(float* data, int) {
   data[block * 8 + thread] = static_cast<float>(100 * block + thread);
 }
 
-template <typename F>
-const char* guarded(F&& f) {
-  static std::string error;
-  error.clear();
-  try {
-    f();
-  } catch (const std::runtime_error& caught) {
-    error = caught.what();
-  }
-  return error.c_str();
-}
-
-struct Probe {
+struct FloatProbe {
   const char* name;
   void (*kernel)(float*, int);
 };
 
-constexpr Probe kProbes[] = {
+constexpr FloatProbe kProbes[] = {
     {"shared_write", shared_write},
     {"shared_read", shared_read},
     {"array_index", array_index},
@@ -150,10 +136,8 @@ constexpr Probe kProbes[] = {
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 EXPORT const char* run(const char* name, float* data, int argument, bool reverse) {
-  return guarded([&] {
+  return error_of([&] {
     llmkern::emu::set_order(reverse ? llmkern::emu::Order::kReverse
                                     : llmkern::emu::Order::kForward);
     const std::string wanted = name;
@@ -171,7 +155,7 @@ EXPORT const char* run(const char* name, float* data, int argument, bool reverse
       config.blockDim = dim3(4, 2);
       return check(cudaLaunchKernelEx(&config, coordinates, data, 0), name);
     }
-    for (const Probe& probe : kProbes)
+    for (const FloatProbe& probe : kProbes)
       if (wanted == probe.name)
         return launch(name, probe.kernel, 1, kThreads, nullptr, data, argument);
     throw std::runtime_error("no such probe");
@@ -179,7 +163,7 @@ EXPORT const char* run(const char* name, float* data, int argument, bool reverse
 }
 
 EXPORT const char* launch_with(int64_t ctas, int threads) {
-  return guarded([&] {
+  return error_of([&] {
     float data;
     launch("probe", global_read, ctas, threads, nullptr, &data, 0);
   });
@@ -197,4 +181,27 @@ EXPORT void from_float16(const uint16_t* in, float* from_bf16, float* from_fp16,
     from_bf16[i] = __bfloat162float({in[i]});
     from_fp16[i] = __half2float({in[i]});
   }
+}
+
+// out[i] = a[i] op b[i] (op c[i]) in 16-bit arithmetic, in both halves of a pair.
+template <typename T, typename Pair>
+void arithmetic(int op, const uint16_t* a, const uint16_t* b, const uint16_t* c, uint16_t* out,
+                int64_t n) {
+  for (int64_t i = 0; i + 1 < n; i += 2) {
+    const Pair x = {T{a[i]}, T{a[i + 1]}}, y = {T{b[i]}, T{b[i + 1]}}, z = {T{c[i]}, T{c[i + 1]}};
+    const Pair r = op == 0   ? __hadd2(x, y)
+                   : op == 1 ? __hsub2(x, y)
+                   : op == 2 ? __hmul2(x, y)
+                             : __hfma2(x, y, z);
+    out[i] = r.x.bits;
+    out[i + 1] = r.y.bits;
+  }
+}
+
+EXPORT void arithmetic16(bool bfloat16, int op, const uint16_t* a, const uint16_t* b,
+                         const uint16_t* c, uint16_t* out, int64_t n) {
+  if (bfloat16)
+    arithmetic<__nv_bfloat16, __nv_bfloat162>(op, a, b, c, out, n);
+  else
+    arithmetic<__half, __half2>(op, a, b, c, out, n);
 }

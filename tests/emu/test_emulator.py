@@ -5,28 +5,19 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).parent
-EMULATOR = sorted((HERE.parents[1] / "csrc" / "emu").glob("*.cpp"))
 THREADS = 96
-
-
-@pytest.fixture(scope="session")
-def library(build_for_host) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build_for_host("probes.so", [HERE / "probe_kernels.cu", *EMULATOR])))
-    library.run.restype = library.launch_with.restype = ctypes.c_char_p
-    library.launch_with.argtypes = [ctypes.c_int64, ctypes.c_int]
-    library.run.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_bool]
-    return library
 
 
 @pytest.fixture
 def run(library) -> Callable[..., str]:
+    library.run.restype = ctypes.c_char_p
+    library.run.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_bool]
+
     def run(name: str, data: Tensor, argument: int = 0, reverse: bool = False) -> str:
         return library.run(name.encode(), data.data_ptr(), argument, reverse).decode()
 
@@ -116,6 +107,8 @@ def test_global_memory_is_bounded(run, guarded):
 
 @pytest.mark.parametrize(("ctas", "threads"), [(1, 0), (1, 1025), (2**31, 32)], ids=str)
 def test_launches_no_gpu_would_take_are_errors(ctas, threads, library):
+    library.launch_with.restype = ctypes.c_char_p
+    library.launch_with.argtypes = [ctypes.c_int64, ctypes.c_int]
     assert b"probe: " in library.launch_with(ctas, threads)
 
 
@@ -143,3 +136,25 @@ def test_every_16_bit_pattern_widens_as_torchs_does(library):
     library.from_float16(*pointers, ctypes.c_int64(len(bits)))
     for ours, dtype in ((from_bf16, torch.bfloat16), (from_fp16, torch.float16)):
         torch.testing.assert_close(ours, bits.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """`v` (float64, in the normal range) rounded once, to nearest, ties to even."""
+    mantissa, exponent = torch.frexp(v)
+    bits = 8 if dtype == torch.bfloat16 else 11
+    return torch.ldexp((mantissa * 2**bits).round(), exponent - bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pairs_round_once(dtype, library):
+    # Few exponents, so that float64 holds every result; many of them lie near a tie.
+    a, b, c = (torch.randn(3, 40_000).abs() * 0.9 + 0.1).to(dtype)
+    c *= torch.tensor([1.0, -1.0, 2.0**-9, 2.0**-12]).repeat(10_000).to(dtype)
+    x, y, z = a.double(), b.double(), c.double()
+    for op, want in enumerate((x + y, x - y, x * y, x * y + z)):
+        out = torch.empty_like(a)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, c, out)]
+        library.arithmetic16(dtype == torch.bfloat16, op, *pointers, ctypes.c_int64(len(a)))
+        normal = want.abs() > 2.0**-14
+        assert normal.float().mean() > 0.99
+        assert torch.equal(out.double()[normal], rounded(want, dtype)[normal])
