@@ -33,7 +33,7 @@ $(if $(TORCH),$(PY) -m pip install -q "$(TORCH)",\
   $(PY) -m pip install -q "torch==$(TORCH_VERSION)" --index-url https://download.pytorch.org/whl/cpu)
 endef
 
-.PHONY: demo test bench gpu lint sanitize clean build
+.PHONY: demo test bench bench-peers gpu lint sanitize clean build
 
 demo: build
 	$(LLMKERN) demo $(ARGS)
@@ -43,6 +43,12 @@ test: build
 
 bench: build
 	$(RUN) bench/run_all.py $(ARGS)
+
+# The same beside bitsandbytes, and ggml built for this CPU, in an environment of their own.
+bench-peers:
+	$(MAKE) build VENV=.venv-peers
+	bench/peers/install.sh .venv-peers
+	$(MAKE) bench VENV=.venv-peers
 
 gpu: export LLMKERN_BUILD_CUDA = 1
 gpu: TORCH ?= torch==$(TORCH_VERSION)
@@ -78,6 +84,6 @@ $(VENV)/.ready: pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info llmkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build dist *.egg-info llmkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf .benchmarks demo-out demo-report.json demo-report.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

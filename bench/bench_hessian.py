@@ -7,7 +7,6 @@ pytest bench/bench_hessian.py             (one small case, through pytest-benchm
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import harness
@@ -72,9 +71,11 @@ def test_contender(benchmark: Any, contender: Contender) -> None:
 
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="TxK, repeatable")] = None,
-    rounds: Annotated[int, typer.Option(help="visits per contender")] = 15,
-    json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    rounds: harness.Rounds = 15,
+    seconds: harness.Seconds = 10,
+    json: harness.Json = None,
+    merge: harness.Merge = False,
+    device: harness.Device = "cpu",
 ) -> None:
     """Time hessian_update beside torch."""
 
@@ -82,8 +83,8 @@ def main(
         for text in shape or SHAPES:
             yield make_case(*(int(part) for part in text.split("x")))
 
-    torch.set_default_device(device)
-    options = harness.Options(rounds=rounds, json_path=json)
+    harness.use_device(device)
+    options = harness.Options(rounds, seconds, json, merge)
     harness.run("hessian_update", cases(), "torch float32", options)
 
 

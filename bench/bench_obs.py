@@ -11,8 +11,6 @@ original weights, which accounts for a few tenths of a per cent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import harness
@@ -164,21 +162,20 @@ def test_contender(benchmark: Any, contender: Contender) -> None:
 
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="NxK, repeatable")] = None,
-    rounds: Annotated[int, typer.Option(help="visits per contender")] = 3,
-    skip: Annotated[list[str] | None, typer.Option(help="contender to leave out")] = None,
-    json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    rounds: harness.Rounds = 3,
+    skip: harness.Skip = None,
+    json: harness.Json = None,
+    merge: harness.Merge = False,
+    device: harness.Device = "cpu",
 ) -> None:
     """Time obs_quantize beside its peers."""
 
     def cases() -> Iterator[Case]:
         for text in shape or SHAPES:
-            case = make_case(*(int(part) for part in text.split("x")))
-            kept = [c for c in case.contenders if c.name not in (skip or ())]
-            yield replace(case, contenders=kept)
+            yield make_case(*(int(part) for part in text.split("x")))
 
-    torch.set_default_device(device)
-    options = harness.Options(rounds=rounds, burst_s=0, json_path=json)
+    harness.use_device(device)
+    options = harness.Options(rounds, 0, json, merge, tuple(skip or ()))
     harness.run("obs_quantize", cases(), "torch loop", options)
 
 

@@ -2,39 +2,46 @@
 
 A bench file lists cases; a case lists contenders that do the same job. `run` checks each contender's
 result before timing it (a mismatch gets no number), then visits the contenders in turn, round after
-round, so that a disturbance of the machine hits all of them alike. Each visit calls a contender for
-`burst_s` seconds, moving through a ring of distinct copies of its data that is larger than the
-caches. Reported: median and 20th/80th percentile over the rounds, the ratio to the baseline and to
-the best contender that is not ours, and how close the time comes to the roofline floor, whose
-bandwidth and arithmetic peak are measured in the same run.
+round, so that a disturbance of the machine hits all of them alike. Each call takes the next of a ring
+of distinct copies of the contender's data that is larger than the caches. On a CPU a visit is a burst
+of calls; on a GPU it is the replay of a CUDA graph (`_gpu`). Reported: median, least, and 20th/80th
+percentile over the visits, the ratio to the baseline and to the best contender that is not ours, and
+how close the time comes to the roofline floor, whose bandwidth and arithmetic peak are measured in
+the same run (`_report`).
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import _gpu
+import _report
 import torch
+import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from llmkern._backends import compiled_module
 from llmkern._memory import empty_huge
 from llmkern.testing import relative_error
 
+# More than the last-level cache of the servers at hand, so that the ring's weights come from memory.
 RING_BYTES = 512 << 20
+FEWEST_VISITS = 3
+
+# Command-line options that every bench file has.
+Json = Annotated[Path | None, typer.Option(help="write the results to this file")]
+Merge = Annotated[bool, typer.Option(help="keep the other cases that the file has")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Rounds = Annotated[int, typer.Option(help="visits per contender")]
+Seconds = Annotated[float, typer.Option(help="time budget of a case on a CPU, setting up apart")]
+Skip = Annotated[list[str] | None, typer.Option(help="contender to leave out, repeatable")]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Contender:
         mismatch: given the result of run(0), says what is wrong with it, or None; see `close_to`.
         ours: whether it is this project's; ratios are formed against the others.
         unavailable: why it cannot run here, or None.
+        copies: length of its ring.
+        note: how its job differs from the others', shown below the table.
     """
 
     name: str
@@ -55,6 +64,8 @@ class Contender:
     mismatch: Callable[[Any], str | None]
     ours: bool = False
     unavailable: str | None = None
+    copies: int = 1
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ class Case:
         bytes: least number of bytes that our way of doing the job must move from or to memory.
         flops: number of additions and multiplications.
         flops_dtype: the arithmetic peak of the floor is that of torch's matmul in this dtype.
+        kernels: how many kernels one call launches, at least.
+        tokens: rows that one call serves, where the time per row is of interest.
     """
 
     label: str
@@ -74,6 +87,8 @@ class Case:
     bytes: float
     flops: float
     flops_dtype: torch.dtype = torch.bfloat16
+    kernels: int = 1
+    tokens: int | None = None
 
 
 @dataclass
@@ -84,12 +99,17 @@ class Timing:
     contender: str
     ours: bool
     problem: str | None = None
+    note: str | None = None
     median: float | None = None
+    least: float | None = None
     p20: float | None = None
     p80: float | None = None
+    host: float | None = None  # GPU: what an eager call costs the CPU
     floor: float | None = None
+    tokens: int | None = None
     times_baseline: float | None = None
     times_best_other: float | None = None
+    run: int = 0  # which of the record's runs measured it
 
 
 @dataclass(frozen=True)
@@ -98,13 +118,18 @@ class Options:
 
     Attributes:
         rounds: visits per contender.
-        burst_s: least seconds per visit; 0 for one call.
+        seconds: budget of a case, shared by its contenders; a call that is longer than its share of a
+            round sits rounds out, down to `FEWEST_VISITS`. 0: one call per visit. GPU: ignored.
         json_path: file to write, or None.
+        merge: keep the results that the file has for other cases.
+        skip: names of contenders to leave out.
     """
 
     rounds: int = 15
-    burst_s: float = 0.02
+    seconds: float = 15
     json_path: Path | None = None
+    merge: bool = False
+    skip: tuple[str, ...] = ()
 
 
 @dataclass
@@ -122,9 +147,25 @@ class Peaks:
         return max(case.bytes / self.read_bytes_per_s, case.flops / self.flops_per_s[dtype])
 
 
-def copies(nbytes: int, ring_bytes: int = RING_BYTES) -> int:
-    """How many distinct copies of `nbytes` bytes of data make a ring larger than the caches."""
-    return max(2, -(-ring_bytes // nbytes))
+def use_device(device: str) -> None:
+    """Make tensors on `device` from here on. The CPU is torch's default and costs calls nothing."""
+    if torch.device(device).type != "cpu":
+        torch.set_default_device(device)
+
+
+def on_gpu() -> bool:
+    """Whether the contenders run on a GPU."""
+    return torch.get_default_device().type == "cuda"
+
+
+def ring_bytes() -> int:
+    """Size of a ring that is larger than the caches of the device in use."""
+    return _gpu.ring_bytes(_gpu.l2_bytes()) if on_gpu() else RING_BYTES
+
+
+def copies(nbytes: int, ring: int) -> int:
+    """How many distinct copies of `nbytes` bytes of data make a ring of `ring` bytes."""
+    return max(2, -(-ring // nbytes))
 
 
 def close_to(spec: Tensor, tolerance: float) -> Callable[[Any], str | None]:
@@ -144,105 +185,109 @@ def missing(name: str, why: str) -> Contender:
     return Contender(name, lambda i: None, lambda out: None, unavailable=why)
 
 
+def reason(error: Exception) -> str:
+    """An exception as one short line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
 @cache
 def read_bandwidth() -> float:
-    """Bytes per second of reading a buffer of `RING_BYTES` on huge pages, all threads, best of 15."""
-    on_gpu = torch.get_default_device().type == "cuda"
-    empty = torch.empty if on_gpu else empty_huge
-    buffer = empty((RING_BYTES // 8,), dtype=torch.int64).fill_(1)
+    """Bytes per second of reading memory, all threads, best of 15; on a CPU from huge pages."""
+    if on_gpu():
+        return _gpu.read_bandwidth()
+    buffer = empty_huge((RING_BYTES // 8,), dtype=torch.int64).fill_(1)
     return RING_BYTES / min(_seconds(buffer.sum) for _ in range(15))
 
 
 @cache
 def matmul_peak(dtype: torch.dtype) -> float:
-    """Flops per second of torch's own matmul of 2048 x 2048 matrices, best of 10."""
-    a = torch.randn(2048, 2048, dtype=dtype)
-    return 2 * 2048**3 / min(_seconds(lambda: a @ a) for _ in range(10))
+    """Flops per second of torch's own matmul of square matrices, best of 10."""
+    size = 8192 if on_gpu() else 2048
+    a = torch.randn(size, size, dtype=dtype)
+    return 2 * size**3 / min(_seconds(lambda: a @ a) for _ in range(10))
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    _wait()
+    if on_gpu():
+        return _gpu.seconds(work)
     start = time.perf_counter()
     work()
-    _wait()
     return time.perf_counter() - start
-
-
-def _wait() -> None:
-    """Until the GPU has done its work, where the contenders run on one."""
-    if torch.get_default_device().type == "cuda":
-        torch.cuda.synchronize()
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit, CPU and threads, for the record beside the numbers."""
-    cpu, _ = compiled_module("_cpu")
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("bitsandbytes", "llmcompressor", "torchao", "triton"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": " ".join(sys.argv),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _git("describe", "--always", "--dirty"),
-        "cpu": _cpu_name(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "isa": cpu.isa() if cpu else None,
-        "versions": versions,
-    }
-
-
-def _git(*args: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *args]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    return found[1] if found else platform.processor()
 
 
 def measure(case: Case, peaks: Peaks, options: Options, baseline: str) -> list[Timing]:
     """Check, then time, every contender of a case."""
-    timings = [Timing(case.label, c.name, c.ours, c.unavailable) for c in case.contenders]
     floor = peaks.floor(case)
-    live = []
-    for contender, timing in zip(case.contenders, timings, strict=True):
-        timing.floor = floor
+    timings, live = [], []
+    for contender in case.contenders:
+        if contender.name in options.skip:
+            continue
+        timing = Timing(case.label, contender.name, contender.ours, note=contender.note)
+        timing.floor, timing.tokens = floor, case.tokens
+        timing.problem = contender.unavailable or _check(contender)
+        timings.append(timing)
         if timing.problem is None:
-            timing.problem = contender.mismatch(contender.run(0))
-        if timing.problem is None:
-            live.append((contender, timing, _calls(contender, options), []))
-    position = 2
-    for _ in range(options.rounds):
-        for contender, _, calls, samples in live:
-            _wait()
-            start = time.perf_counter()
-            for i in range(position, position + calls):
-                contender.run(i)
-            _wait()
-            samples.append((time.perf_counter() - start) / calls)
-        position += max((calls for _, _, calls, _ in live), default=0)
-    for _, timing, _, samples in live:
-        timing.median = statistics.median(samples)
-        spread = statistics.quantiles(samples, n=5) if len(samples) > 1 else samples
-        timing.p20, timing.p80 = spread[0], spread[-1]
+            live.append((contender, timing))
+    contenders = [contender for contender, _ in live]
+    if on_gpu():
+        for (_, timing), result in zip(
+            live, _gpu.visit(contenders, options.rounds, case.kernels), strict=True
+        ):
+            timing.host, timing.problem = result.host, result.problem
+            _fill(timing, result.samples)
+    else:
+        for (_, timing), samples in zip(live, _visit(contenders, options), strict=True):
+            _fill(timing, samples)
     _compare(timings, baseline)
     return timings
 
 
-def _calls(contender: Contender, options: Options) -> int:
-    """How many calls make a visit of `burst_s` seconds; a job of seconds is not run to find out."""
-    if not options.burst_s:
-        return 1
-    return max(1, round(options.burst_s / _seconds(lambda: contender.run(1))))
+def _check(contender: Contender) -> str | None:
+    """What is wrong with the contender's result. A peer that raises has a problem; ours is a bug."""
+    try:
+        return contender.mismatch(contender.run(0))
+    except Exception as error:
+        if contender.ours:
+            raise
+        return reason(error)
+
+
+def _visit(contenders: list[Contender], options: Options) -> list[list[float]]:
+    """Seconds per call of each contender on each of its visits."""
+    samples: list[list[float]] = [[] for _ in contenders]
+    share = options.seconds / (options.rounds * max(1, len(contenders)))
+    plans = []
+    for contender in contenders:
+        # A job of seconds is not run to find out how long it takes.
+        once = _seconds(lambda run=contender.run: run(1)) if options.seconds else 0.0
+        plans.append(visit_plan(once, share, options.rounds))
+    position = [2] * len(contenders)
+    for turn in range(options.rounds):
+        for index, (contender, (calls, every)) in enumerate(zip(contenders, plans, strict=True)):
+            if turn % every:
+                continue
+            start = time.perf_counter()
+            for i in range(position[index], position[index] + calls):
+                contender.run(i)
+            samples[index].append((time.perf_counter() - start) / calls)
+            position[index] += calls
+    return samples
+
+
+def visit_plan(once: float, share: float, rounds: int) -> tuple[int, int]:
+    """Calls per visit, and every how many rounds to visit, for a call of `once` seconds."""
+    if not share or not once:
+        return 1, 1
+    most = max(1, rounds // FEWEST_VISITS)
+    return max(1, round(share / once)), min(most, max(1, round(once / share)))
+
+
+def _fill(timing: Timing, samples: list[float]) -> None:
+    if not samples:
+        return
+    timing.median, timing.least = statistics.median(samples), min(samples)
+    spread = statistics.quantiles(samples, n=5) if len(samples) > 1 else samples
+    timing.p20, timing.p80 = spread[0], spread[-1]
 
 
 def _compare(timings: list[Timing], baseline: str) -> None:
@@ -274,64 +319,25 @@ def run(bench: str, cases: Iterable[Case], baseline: str, options: Options) -> l
     timings: list[Timing] = []
     console = Console()
     if not console.is_terminal:
-        console.width = 120
-    with console.status(bench) as status:
+        console.width = 140
+    with console.status(bench) as status, _gpu.clock_log(on_gpu()) as clocks:
         for case in cases:
             status.update(f"{bench}: {case.label}")
             timings += measure(case, peaks, options, baseline)
-    env = environment()
-    console.print(_table(bench, timings, baseline))
-    console.print(_summary(timings, peaks, env), soft_wrap=True, highlight=False)
+            clocks.mark(case.label)
+            del case  # its data goes before the next case's is made
+    environment = _report.environment(on_gpu())
+    this_run = {**environment, "peaks": asdict(peaks), "clocks": clocks.by_case}
+    record = {"bench": bench, "baseline": baseline, "runs": [this_run]}
+    record["results"] = [asdict(t) for t in timings]
+    console.print(_report.table(record))
+    console.print(_report.summary(record), soft_wrap=True, highlight=False)
     if options.json_path:
-        record = {"bench": bench, "baseline": baseline, **env, "peaks": asdict(peaks)}
-        record["results"] = [asdict(t) for t in timings]
+        old = options.json_path.read_text() if options.json_path.is_file() else ""
+        if options.merge and old:
+            record = _report.merge(json.loads(old), record)
         options.json_path.write_text(json.dumps(record, indent=1) + "\n")
     return timings
-
-
-def _table(bench: str, timings: list[Timing], baseline: str) -> Table:
-    table = Table(title=bench)
-    table.add_column("case")
-    table.add_column("contender")
-    for heading in ("median ms", "p20", "p80", "% of floor", f"× {baseline}", "× best other"):
-        table.add_column(heading, justify="right")
-    previous = None
-    for t in timings:
-        if previous not in (None, t.case):
-            table.add_section()
-        case = "" if t.case == previous else t.case
-        name = f"[bold]{t.contender}[/bold]" if t.ours else t.contender
-        previous = t.case
-        if t.median is None:
-            table.add_row(case, name, "–")
-            continue
-        share = f"{100 * t.floor / t.median:.0f}" if t.ours and t.floor else ""
-        ms = [f"{1e3 * s:.3f}" for s in (t.median, t.p20, t.p80) if s is not None]
-        table.add_row(case, name, *ms, share, _ratio(t.times_baseline), _ratio(t.times_best_other))
-    return table
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _summary(timings: list[Timing], peaks: Peaks, env: dict[str, Any]) -> str:
-    lines = [
-        f"{env['cpu']}, {env['threads']} threads, {env['isa']}, torch {env['versions']['torch']}, "
-        f"commit {env['commit']}",
-        f"measured: read {peaks.read_bytes_per_s / 1e9:.1f} GB/s"
-        + "".join(f", {d} matmul {f / 1e9:.0f} GFLOP/s" for d, f in peaks.flops_per_s.items()),
-    ]
-    problems = {(t.contender, t.problem) for t in timings if t.problem}
-    lines += [f"no number for {name}: {problem}" for name, problem in sorted(problems)]
-    ours = [t for t in timings if t.times_best_other is not None]
-    if ours:
-        worst = min(ours, key=lambda t: t.times_best_other or 0)
-        lines.append(
-            f"worst cell: {worst.case}, {worst.contender}: {_ratio(worst.times_best_other)} x the "
-            "best other"
-        )
-    return "\n".join(lines)
 
 
 def parametrize(metafunc: Any, case: Callable[[], Case]) -> None:

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import harness
+import _report
+import torch
 import typer
 
 HERE = Path(__file__).parent
-BENCHES = ("bench_w4a16_gemm", "bench_hessian", "bench_obs")
+BENCHES = ("bench_w4a16_gemm", "bench_lut4_gemm", "bench_chain", "bench_hessian", "bench_obs")
 
 
 def main(
@@ -27,8 +28,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Names of benches, repeatable.")] = None,
 ) -> None:
     """Run the benches in fresh processes and merge what they write."""
-    found = harness.environment()
-    machine = found["gpu"] if device == "cuda" else found["cpu"]
+    on_gpu = torch.device(device).type == "cuda"
+    found = _report.environment(on_gpu)
+    machine = found["gpu"] if on_gpu else found["cpu"]
     name = (
         f"{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}-{time.strftime('%Y%m%d')}.json"
     )

@@ -3,7 +3,8 @@
 python scripts/update_readme.py            rewrites README.md
 python scripts/update_readme.py --check    fails if README.md is not what the results say
 
-A table stands between `<!-- results: FILE BENCH -->` and `<!-- end -->`.
+A table stands between `<!-- results: FILE BENCH -->` and `<!-- end -->`; BENCH:grid has a column per
+number of rows of x instead of a row per case.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOT
 
 
 def bench_table(record: dict[str, Any]) -> str:
-    """One bench's record as a Markdown table, with the command and the machine below it."""
+    """One bench's record as a Markdown table, with commands and machines below it."""
     table = Table(box=box.MARKDOWN)
+    unit, factor = ("µs", 1e6) if record["runs"][0]["gpu"] else ("ms", 1e3)
     titles = (
         "case",
         "contender",
-        "median ms",
+        f"median {unit}",
         "% of floor",
         f"× {record['baseline']}",
         "× best other",
@@ -45,13 +47,56 @@ def bench_table(record: dict[str, Any]) -> str:
         share = f"{100 * row['floor'] / row['median']:.0f}" if row["ours"] else ""
         name = f"**{row['contender']}**" if row["ours"] else row["contender"]
         ratios = [_ratio(row["times_baseline"]), _ratio(row["times_best_other"])]
-        table.add_row(label, name, f"{1e3 * row['median']:.3f}", share, *ratios)
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    command = re.sub(r" --json \S+", "", re.sub(r"\S*/(bench/)", r"\1", record["command"]))
-    return (
-        f"{_render(table)}\n`python {command}`, {record['cpu']}, {record['threads']} threads, "
-        f"{record['isa']}, {versions}, {record['time'][:10]}, commit {record['commit']}.\n"
-    )
+        table.add_row(label, name, f"{factor * row['median']:.3f}", share, *ratios)
+    return f"{_render(table)}\n{_runs(record)}"
+
+
+def grid_table(record: dict[str, Any]) -> str:
+    """One bench's record with a column per number of rows M: ours, the best other, the ratios."""
+    unit, factor = ("µs", 1e6) if record["runs"][0]["gpu"] else ("ms", 1e3)
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    columns: dict[str, None] = {}
+    for row in record["results"]:
+        column, _, shape = row["case"].partition(" ")
+        columns[column] = None
+        if row["median"] is not None:
+            cells.setdefault((shape, row["contender"]), {})[column] = row["median"]
+    ours = {row["contender"] for row in record["results"] if row["ours"]}
+    table = Table("K, N", f"median {unit}", *columns, box=box.MARKDOWN)
+    shape = None
+    for (place, name), times in cells.items():
+        best = {
+            c: min(t[c] for (s, _), t in cells.items() if s == place and c in t) for c in columns
+        }
+        shown = [_cell(times.get(c), best[c], factor) for c in columns]
+        label, shape = ("" if place == shape else place), place
+        table.add_row(label, f"**{name}**" if name in ours else name, *shown)
+    problems = {r["contender"]: r["problem"] for r in record["results"] if r["problem"]}
+    notes = problems | {r["contender"]: r["note"] for r in record["results"] if r.get("note")}
+    below = "".join(f"{name}: {text}. " for name, text in notes.items())
+    return f"{_render(table)}\n{below}{_runs(record)}"
+
+
+def _cell(seconds: float | None, best: float, factor: float) -> str:
+    if seconds is None:
+        return "–"
+    text = f"{factor * seconds:.3g}" if factor * seconds < 100 else f"{factor * seconds:.0f}"
+    return f"**{text}**" if seconds == best else text
+
+
+def _runs(record: dict[str, Any]) -> str:
+    """The commands that measured the record, and on what."""
+    lines = []
+    for run in record["runs"]:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        command = re.sub(
+            r" --json \S+| --merge", "", re.sub(r"\S*/(bench/)", r"\1", run["command"])
+        )
+        lines.append(
+            f"`python {command}`, {run['gpu'] or run['cpu']}, {run['threads']} threads, {run['isa']}, "
+            f"{versions}, {run['time'][:10]}, commit {run['commit']}."
+        )
+    return "\n".join(lines) + "\n"
 
 
 def demo_table(report: dict[str, Any]) -> str:
@@ -91,7 +136,11 @@ def _ratio(value: float | None) -> str:
 def _block(match: re.Match[str]) -> str:
     start, file, bench, end = match.groups()
     record = json.loads((ROOT / "bench" / "results" / file).read_text())
-    body = demo_table(record) if bench == "demo" else bench_table(record[bench])
+    name, _, form = bench.partition(":")
+    if name == "demo":
+        body = demo_table(record)
+    else:
+        body = (grid_table if form == "grid" else bench_table)(record[name])
     return f"{start}{body}{end}"
 
 
