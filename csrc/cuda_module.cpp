@@ -58,6 +58,23 @@ Int4Weight int4_weight(uintptr_t qweight, uintptr_t scales, uintptr_t zeros, int
           DType(scales_dtype),    Int4Layout(layout)};
 }
 
+Lut4Weight lut4_weight(uintptr_t qweight, uintptr_t codebook, uintptr_t scales, int64_t N,
+                       int64_t K, int64_t group_size, int books, int scales_dtype, int layout) {
+  const int64_t groups = K / group_size;
+  return {pointer<void>(qweight),
+          pointer<float>(codebook),
+          pointer<void>(scales),
+          N,
+          K,
+          group_size,
+          books == 2   ? groups * 16
+          : books == 1 ? 16
+                       : 0,
+          books == 2 ? 16 : 0,
+          DType(scales_dtype),
+          Lut4Layout(layout)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
@@ -88,6 +105,19 @@ PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
         cuda::dequantize_int4(
             {int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype, layout),
              pointer<void>(out), DType(dtype)},
+            pointer<void>(stream));
+      },
+      unlocked);
+  m.def(
+      "lut4_gemm",
+      [](uintptr_t x, uintptr_t qweight, uintptr_t codebook, uintptr_t scales, uintptr_t bias,
+         uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t group_size,
+         int books, int dtype, int scales_dtype, int layout, int device, uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::lut4_gemm(
+            {pointer<void>(x),
+             lut4_weight(qweight, codebook, scales, N, K, group_size, books, scales_dtype, layout),
+             pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype)},
             pointer<void>(stream));
       },
       unlocked);

@@ -16,6 +16,8 @@ struct W4A16Config {
 
 void w4a16_gemm(const W4A16GemmParams& p, const W4A16Config& config, void* stream);
 void dequantize_int4(const DequantizeInt4Params& p, void* stream);
+// Above M = 8, 16-bit x and its row stride are in 16-byte pieces; only the canonical layout.
+void lut4_gemm(const Lut4GemmParams& p, void* stream);
 void hessian_update(const HessianUpdateParams& p, void* stream);
 void obs_quantize_block(const ObsBlockParams& p, void* stream);
 

@@ -9,9 +9,8 @@ from llmkern.ops.lut4_gemm import lut4_gemm
 from llmkern.ops.obs_quantize import ObsResult, obs_quantize, quantize_grid
 from llmkern.ops.w4a16_gemm import w4a16_gemm
 
-# Ops whose row is complete: a kernel in every backend. lut4_gemm lacks some yet; dequantize_lut4 needs
-# none on a GPU.
-OPS = ("dequantize_int4", "hessian_update", "obs_quantize", "w4a16_gemm")
+# Ops whose row is complete: a kernel in every backend. dequantize_lut4 needs none on a GPU.
+OPS = ("dequantize_int4", "hessian_update", "lut4_gemm", "obs_quantize", "w4a16_gemm")
 
 __all__ = [
     "OPS",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._int4_weight import refuse_triton_weight
+from llmkern.ops._int4_weight import refuse_cuda_weight, refuse_triton_weight
 from llmkern.ops._library import (
     DTYPE_CODES,
     FLOATS,
@@ -31,6 +31,8 @@ SCHEMA = (
     "lut4_gemm(Tensor x, Tensor qweight, Tensor codebook, Tensor? scales, Tensor? bias, "
     "int group_size, str layout) -> Tensor"
 )
+
+CUDA_GEMV_ROWS = 8  # up to here the CUDA kernel reads x at any address
 
 
 def _refuse_cpu(x: Tensor, *_: Any) -> str | None:
@@ -80,6 +82,52 @@ def _launch_reference(
     out.copy_(_reference(x, qweight, codebook, scales, bias, group_size))
 
 
+def _refuse_cuda(
+    x: Tensor,
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> str | None:
+    return refuse_cuda_weight(qweight, layout)
+
+
+def _launch_cuda(
+    x: Tensor,
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    many = x.shape[0] > CUDA_GEMV_ROWS and x.dtype != torch.float32
+    if many and (x.data_ptr() % 16 or x.stride(0) % 8):
+        x = x.clone(memory_format=torch.contiguous_format)  # is copied in 16-byte pieces
+    kernels: Any = _backends.compiled_module("_cuda")[0]
+    kernels.lut4_gemm(
+        x.data_ptr(),
+        qweight.data_ptr(),
+        codebook.data_ptr(),
+        pointer(scales),
+        pointer(bias),
+        out.data_ptr(),
+        *out.shape,
+        x.shape[1],
+        x.stride(0),
+        group_size,
+        codebook.dim() - 1,
+        DTYPE_CODES[x.dtype],
+        0 if scales is None else DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
+        *_backends.cuda_queue(x.device),
+    )
+
+
 def _refuse_triton(
     x: Tensor,
     qweight: Tensor,
@@ -100,6 +148,7 @@ def _launch_triton(*args: Any) -> None:
 
 
 BACKENDS = (
+    Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
     Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
@@ -207,6 +256,9 @@ def lut4_gemm(
 
     Differentiable in x and bias (the backward pass dequantizes the weight), so adapters can be
     trained on top of it (QLoRA).
+
+    On the CUDA kernels more than 8 rows of 16-bit x are multiplied with the book's entries rounded to
+    x's dtype, which must be able to hold them; up to 8 rows, and for float32 x, nothing is rounded.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], any leading shape.

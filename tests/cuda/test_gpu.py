@@ -12,8 +12,14 @@ from llmkern import ops, use_backend
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.int4_cuda import from_cuda_layout, to_cuda_layout
 from llmkern.reference import hessian_update as hessian_spec
+from llmkern.reference import lut4_gemm as lut_spec
 from llmkern.reference import w4a16_gemm as gemm_spec
-from llmkern.testing import CUDA_LAYOUT_CASES, assert_matches, random_int4_weight
+from llmkern.testing import (
+    CUDA_LAYOUT_CASES,
+    assert_matches,
+    random_int4_weight,
+    random_lut4_weight,
+)
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -128,6 +134,32 @@ def test_cuda_graph_capture_of_every_tier(M):
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(captured, chain())
+
+
+# M, N, K, group size, book, scale dtype
+LUT_CASES = {
+    "m1": (1, 4096, 4096, 64, "nf4", torch.float32),
+    "m2_book_per_group": (2, 130, 1056, 96, "group", torch.float16),
+    "m8_book_per_row": (8, 257, 512, 512, "row", None),
+    "m9": (9, 65, 512, 64, "nf4", torch.bfloat16),
+    "m32_book_per_row": (32, 1024, 1024, 128, "row", None),
+    "m200_tails_everywhere": (200, 333, 352, 32, "group", torch.float32),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("case", LUT_CASES.values(), ids=LUT_CASES)
+def test_lut4_gemm(case, dtype, backend):
+    M, N, K, group_size, book, scale_dtype = case
+    parts = random_lut4_weight(N, K, group_size, book=book, scale_dtype=scale_dtype)
+    parts = tuple(None if t is None else t.to(DEVICE) for t in parts)
+    x = torch.randn(M, K, device=DEVICE).to(dtype)
+    bias = torch.randn(N, device=DEVICE).to(dtype)
+    out = ops.lut4_gemm(x, *parts, bias, group_size=group_size)
+    w = lut_spec.dequantize_lut4(*parts, group_size, torch.float64)
+    assert_matches(out, x.double() @ w.t() + bias.double(), F.linear(x, w.to(dtype), bias))
+    again = ops.lut4_gemm(x, *parts, bias, group_size=group_size)
+    assert torch.equal(out, again), "two runs differ"
 
 
 def test_rows_of_x_lie_apart(backend):
