@@ -6,8 +6,9 @@ from llmkern._backends import use_backend
 from llmkern._version import __version__
 from llmkern.evaluate import evaluate  # this, patch and quantize stand before their submodules
 from llmkern.formats.int4 import QuantFormat
+from llmkern.formats.lut4 import LutFormat
 from llmkern.hf import accelerate, load, save
-from llmkern.nn import Int4Linear
+from llmkern.nn import Int4Linear, Lut4Linear
 from llmkern.patch import patch
 from llmkern.quantize import quantize
 
@@ -18,6 +19,8 @@ if (_root / "triton_kernels" / "__init__.py").is_file() and str(_root) not in __
 
 __all__ = [
     "Int4Linear",
+    "Lut4Linear",
+    "LutFormat",
     "QuantFormat",
     "__version__",
     "accelerate",

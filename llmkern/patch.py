@@ -9,12 +9,16 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from llmkern.formats.bitsandbytes import describe_model
 from llmkern.formats.compressed_tensors import describe_formats
 from llmkern.formats.int4 import QuantFormat
+from llmkern.formats.lut4 import BLOCK_SIZES, LutFormat, codebook_name, group_size_of
 from llmkern.nn.int4_linear import BITS, Int4Linear
+from llmkern.nn.lut4_linear import Lut4Linear
 
-Rule = QuantFormat | Mapping[str, QuantFormat | None]
-Factory = Callable[[str, nn.Module, QuantFormat], nn.Module]
+Format = QuantFormat | LutFormat
+Rule = Format | Mapping[str, Format | None]
+Factory = Callable[[str, nn.Module, Format], nn.Module]
 
 # Last components of the names of layers that decide which expert or class wins: tiny, and sensitive.
 _HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
@@ -32,7 +36,7 @@ class PatchReport:
         unexpected: names out of `left` that the rule asked to quantize.
     """
 
-    replaced: dict[str, QuantFormat] = field(default_factory=dict)
+    replaced: dict[str, Format] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
 
@@ -45,16 +49,20 @@ class PatchReport:
 def patch(
     model: nn.Module, rule: Rule | None = None, *, factory: Factory | None = None
 ) -> PatchReport:
-    """Replace the model's linear layers by `Int4Linear`, in place.
+    """Replace the model's linear layers by packed ones, in place.
+
+    A `QuantFormat` makes an `Int4Linear`, a `LutFormat` (NF4, FP4) a `Lut4Linear`.
 
     The output head, MoE routers, layers whose weight another module shares (tied embeddings) and
     modules of any other class stay as they are. A head or router is quantized where a pattern
     without wildcards names it. What the rule asks for and cannot be had (a group size that does not
-    divide K, experts held as 3-D parameters) is left dense and listed in one warning.
+    divide K, blocks that split 32 columns, experts held as 3-D parameters) is left dense and listed in
+    one warning.
 
     Args:
         model: any module; a transformers model also gets the `quantization_config` with which its own
-            `save_pretrained` writes a loadable checkpoint.
+            `save_pretrained` writes a loadable checkpoint, where one can hold all its formats: not
+            int4 beside NF4 or FP4, nor these two together.
         rule: a format for every layer (4 bits, groups of 128, symmetric by default), or glob patterns
             on full module names with a format each, or None to leave the layers dense. The last
             pattern that matches decides, so write the general ones first.
@@ -81,7 +89,7 @@ def patch(
 
 def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
     """What `patch` would do with the same arguments; the model is only read."""
-    if rule is None or isinstance(rule, QuantFormat):
+    if rule is None or isinstance(rule, Format):
         rule = {"*": rule or QuantFormat()}
     rules = dict(rule)
     report = PatchReport()
@@ -110,7 +118,7 @@ def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
     return report
 
 
-def winning_pattern(rules: Mapping[str, QuantFormat | None], name: str) -> str | None:
+def winning_pattern(rules: Mapping[str, Format | None], name: str) -> str | None:
     """The pattern that decides about the module `name`: the last that matches, or None."""
     return next((p for p in reversed(list(rules)) if fnmatchcase(name, p)), None)
 
@@ -144,27 +152,73 @@ def find_expert_matrices(model: nn.Module) -> dict[str, str]:
 
 
 def record_formats(model: nn.Module) -> None:
-    """Write the formats of the model's `Int4Linear` modules into its config, as checkpoints do.
+    """Write the formats of the model's packed linears into its config, as checkpoints do.
 
     transformers' own `save_pretrained` then writes a directory that loads. A model without a
-    transformers config is left alone.
+    transformers config is left alone; where no checkpoint can hold the formats, the config has none.
     """
     config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
+    if config is None or not hasattr(config, "to_dict"):
+        return
+    try:
         config.quantization_config = quantization_config(model)
+    except ValueError:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
 
 
 def quantization_config(model: nn.Module) -> dict[str, object]:
-    """compressed-tensors' `quantization_config` of the model as it is now."""
-    formats, dense = {}, []
+    """`quantization_config` of the model as it is now: compressed-tensors' or bitsandbytes'.
+
+    Raises:
+        ValueError: neither can hold the model's layers; says which and what to do.
+    """
+    formats, tables, dense = {}, {}, []
     for name, module in find_linears(model).items():
         if isinstance(module, Int4Linear):
             formats[name] = module.format
+        elif isinstance(module, Lut4Linear):
+            tables[name] = module
         else:
             dense.append(name)
+    if tables:
+        if formats:
+            raise ValueError(
+                f"model: got {next(iter(formats))} (Int4Linear) beside {next(iter(tables))} "
+                "(Lut4Linear), expected one kind: no checkpoint format holds both; patch the model with "
+                "QuantFormat rules only, or LutFormat rules only, and save it again"
+            )
+        return describe_model(_common_table(tables), next(iter(tables.values())).dtype, dense)
     # Readers that unfuse the experts look each one up by its own name.
     dense += [f"re:{name}.*" for name in find_expert_matrices(model)]
     return describe_formats(formats, dense)
+
+
+def _common_table(layers: Mapping[str, Lut4Linear]) -> str:
+    """ "nf4" or "fp4", which all layers have as a bitsandbytes checkpoint needs it."""
+    first: tuple[str, str] | None = None
+    for name, layer in layers.items():
+        kind = codebook_name(layer.weight_codebook)
+        if kind is None or layer.weight_scale is None:
+            raise ValueError(
+                f"{name}: got a book of its own or no scales, expected the NF4 or FP4 table: no "
+                "checkpoint format holds others; save the state_dict with torch.save, or quantize the "
+                "layer with a LutFormat"
+            )
+        if layer.block_size not in BLOCK_SIZES:
+            raise ValueError(
+                f"{name}: got blocks of {layer.block_size}, expected one of {BLOCK_SIZES}: bitsandbytes "
+                "has no other; quantize the layer with a LutFormat"
+            )
+        first = first or (name, kind)
+        if kind != first[1]:
+            raise ValueError(
+                f"model: got {first[0]} in {first[1]} beside {name} in {kind}, expected one table: a "
+                "bitsandbytes checkpoint names one for all; patch the model with one of them and save it "
+                "again"
+            )
+    assert first is not None
+    return first[1]
 
 
 def warn_dense(what: str, left: Mapping[str, str]) -> None:
@@ -193,11 +247,11 @@ def _reason_to_leave(
     name: str,
     linear: nn.Module,
     pattern: str | None,
-    fmt: QuantFormat | None,
+    fmt: Format | None,
     shared: Mapping[int, list[str]],
 ) -> tuple[str | None, bool]:
     """(why a layer is left alone or None, whether the rule asked for it)."""
-    if isinstance(linear, Int4Linear):
+    if isinstance(linear, Int4Linear | Lut4Linear):
         return "already packed", False
     if pattern is None or fmt is None:
         return (
@@ -213,18 +267,32 @@ def _reason_to_leave(
         return f"{kind}, dense unless a pattern names it", False
     if type(linear) is not nn.Linear and not _is_conv1d(linear):
         return f"of class {type(linear).__name__}, which is not a plain nn.Linear", True
+    K = int(linear.weight.shape[0 if _is_conv1d(linear) else 1])  # type: ignore[index]
+    problem = _misfit(fmt, K)
+    return problem, problem is not None
+
+
+def _misfit(fmt: Format, K: int) -> str | None:
+    """Why a weight with K columns cannot have the format, or None."""
+    if isinstance(fmt, LutFormat):
+        try:
+            group_size_of(fmt.block_size, K)
+        except ValueError as error:
+            return str(error)
+        return None
     if fmt.bits not in BITS:
-        return f"bits = {fmt.bits} is not one of {BITS}", True
-    K = linear.weight.shape[0 if _is_conv1d(linear) else 1]  # type: ignore[index]
+        return f"bits = {fmt.bits} is not one of {BITS}"
     if fmt.group_size is not None and K % fmt.group_size:
-        return f"group_size = {fmt.group_size} does not divide its K = {K}", True
-    return None, False
+        return f"group_size = {fmt.group_size} does not divide its K = {K}"
+    return None
 
 
-def _make(name: str, linear: nn.Module, fmt: QuantFormat, factory: Factory | None) -> nn.Module:
+def _make(name: str, linear: nn.Module, fmt: Format, factory: Factory | None) -> nn.Module:
     try:
         if factory is not None:
             return factory(name, linear, fmt)
+        if isinstance(fmt, LutFormat):
+            return Lut4Linear.from_linear(linear, fmt.codebook, fmt.block_size)
         return Int4Linear.from_linear(linear, fmt.bits, fmt.group_size, fmt.symmetric)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -18,7 +18,7 @@ written plain. Checked against bitsandbytes 0.50.2.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from llmkern.formats.lut4 import (
     group_size_of,
 )
 
+METHOD = "bitsandbytes"
 _STATE = "quant_state.bitsandbytes__"
 
 
@@ -132,6 +133,29 @@ def to_bitsandbytes(weight: Lut4Weight) -> dict[str, Tensor]:
         f"weight.{_STATE}{kind}": torch.tensor(
             list(json.dumps(state).encode()), dtype=torch.uint8, device=weight.qweight.device
         ),
+    }
+
+
+def describe_model(kind: str, dtype: torch.dtype, dense: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a model of such weights, as transformers reads it.
+
+    Args:
+        kind: "nf4" or "fp4".
+        dtype: to compute in.
+        dense: full names of the linear modules that are not quantized.
+
+    Returns:
+        A JSON-serialisable dict.
+    """
+    return {
+        "quant_method": METHOD,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted(dense),
     }
 
 

@@ -18,6 +18,7 @@ bitsandbytes' tables bit for bit.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +39,27 @@ FP4_CODEBOOK = torch.tensor([*_FP4_TWELFTHS, *(0.0 - v for v in _FP4_TWELFTHS)])
 # fmt: on
 
 CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4_CODEBOOK}
+# Those of bitsandbytes, whose files hold these formats.
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class LutFormat:
+    """How a weight is quantized to the entries of a book, in blocks of the flattened weight.
+
+    Attributes:
+        codebook: "nf4" or "fp4".
+        block_size: elements per scale, one of `BLOCK_SIZES`.
+    """
+
+    codebook: str = "nf4"
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.codebook not in CODEBOOKS:
+            raise ValueError(f"codebook: got {self.codebook!r}, expected one of {tuple(CODEBOOKS)}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size: got {self.block_size}, expected one of {BLOCK_SIZES}")
 
 
 def codebook_name(codebook: Tensor) -> str | None:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llmkern.hf.checkpoint_files import CONFIG
-from llmkern.nn import Int4Linear
-from llmkern.patch import find_expert_matrices, record_formats
+from llmkern.nn import Int4Linear, Lut4Linear
+from llmkern.patch import find_expert_matrices, quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,11 +33,12 @@ def save(
 ) -> None:
     """Save a model and all that loading it needs.
 
-    Packed layers are written in compressed-tensors' `pack-quantized` format: `llmkern.load` and
+    `Int4Linear` layers are written in compressed-tensors' `pack-quantized` format: `llmkern.load` and
     `llmkern.accelerate` run them packed, transformers with compressed-tensors, vLLM and others read
-    them as they are. Everything is written into a new directory beside the target, named
-    `<directory>.partial-…`, and renamed when complete: a process that is killed leaves the target as
-    it was.
+    them as they are. `Lut4Linear` layers of NF4 or FP4 are written as bitsandbytes' 4-bit layers, for
+    transformers with bitsandbytes. Everything is written into a new directory beside the target, named
+    `<directory>.partial-…`, and renamed when complete: a process that is killed leaves the target as it
+    was.
 
     Args:
         model: a transformers model.
@@ -49,7 +50,8 @@ def save(
     Raises:
         FileExistsError: `directory` holds a model and `overwrite` is not set, or holds other files.
         OSError: it could not be written (full disk, no permission); the target is as it was.
-        ValueError: not a transformers model, or a layer's packed weight has been expanded.
+        ValueError: not a transformers model, a layer's packed weight has been expanded, or no
+            checkpoint format holds the model's layers (int4 beside NF4, another book).
     """
     from transformers import PreTrainedModel
 
@@ -59,14 +61,12 @@ def save(
     check_target(target, overwrite)
     _check_expanded(model)
     _warn_readers(model)
-    if getattr(model, "hf_quantizer", None) is None and any(
-        isinstance(module, Int4Linear) for module in model.modules()
-    ):
-        record_formats(model)
-    for module in model.modules():
-        if isinstance(module, Int4Linear):
-            # The tensors to be written take the kernel layout's place instead of lying beside it.
-            module.restore()
+    packed = [m for m in model.modules() if isinstance(m, Int4Linear | Lut4Linear)]
+    if packed and getattr(model, "hf_quantizer", None) is None:
+        model.config.quantization_config = quantization_config(model)
+    for module in packed:
+        # The tensors to be written take the kernel layout's place instead of lying beside it.
+        module.restore()
     with _replacing(target) as partial:
         _check_space(model, partial)
         model.save_pretrained(partial, max_shard_size=max_shard_size)

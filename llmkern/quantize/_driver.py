@@ -308,10 +308,11 @@ def _plan(
     choice = plan_patch(model, rule)
     dense = dict(choice.left)
     plan = {}
-    for name, fmt in choice.replaced.items():
+    for name, wanted in choice.replaced.items():
+        assert isinstance(wanted, QuantFormat)  # checked above
         if name in inside:
             _check_values(name, inside[name])
-            plan[name] = fmt
+            plan[name] = wanted
         else:
             dense[name] = f"outside the decoder blocks ({blocks.name})"
     warn_dense("quantize", {name: dense[name] for name in choice.unexpected})
