@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmkern.formats.bitsandbytes import METHOD as BITSANDBYTES
 from llmkern.hf.checkpoint_files import CheckpointFiles, read_checkpoint
 from llmkern.hf.scheme import read_scheme
 from llmkern.nn import Int4Linear
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model directory; layers in compressed-tensors' `pack-quantized` format stay packed.
+
+    So do those of bitsandbytes' 4-bit checkpoints (NF4, FP4; one device), as `Lut4Linear`.
 
     Needs neither compressed-tensors nor memory for any dense copy of a packed layer. A directory
     without a `quantization_config` loads as the plain model that it is.
@@ -40,13 +43,21 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise ValueError("trust_remote_code: got True, expected no remote code: it is never run")
     files = read_checkpoint(directory)
     quantization = files.config.get("quantization_config")
-    scheme = None if quantization is None else read_scheme(quantization, str(files.directory))
+    tables = quantization is not None and quantization.get("quant_method") == BITSANDBYTES
+    scheme = (
+        None if quantization is None or tables else read_scheme(quantization, str(files.directory))
+    )
     config = transformers.AutoConfig.from_pretrained(files.directory, trust_remote_code=False)
     if scheme is not None:
         from llmkern.hf._quantizer import METHOD
 
         _check_tensor_names(files)
         config.quantization_config = {"quant_method": METHOD, "scheme": scheme, "files": files}
+    if tables:
+        from llmkern.hf import _bitsandbytes
+
+        layers = _bitsandbytes.packed_layers(files)
+        config.quantization_config = {"quant_method": _bitsandbytes.METHOD, "layers": layers}
     # An architecture outside transformers would need code from the directory.
     name = (files.config.get("architectures") or ["AutoModelForCausalLM"])[0]
     model_class = getattr(transformers, name, None)
@@ -66,6 +77,10 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     except RuntimeError as error:
         raise ValueError(f"{files.directory}: {str(error).splitlines()[0]}") from error
     _check_loading(files, info)
+    if tables:
+        _bitsandbytes.fill(model, files)
+        model.hf_quantizer.remove_quantization_config(model)
+        record_formats(model)
     if scheme is not None:
         model.hf_quantizer.remove_quantization_config(model)
         _check_packed(files, model)

@@ -411,7 +411,7 @@ def set_weights(**args):
 
 UNSUPPORTED = {
     "gptq": (lambda c: c.update(quant_method="gptq"), "quant_method: got 'gptq'"),
-    "bitsandbytes": (lambda c: c.update(quant_method="bitsandbytes"), "got 'bitsandbytes'"),
+    "bitsandbytes": (lambda c: c.update(quant_method="bitsandbytes"), "without load_in_4bit"),
     "nvfp4": (lambda c: c.update(format="nvfp4-pack-quantized"), "got 'nvfp4-pack-quantized'"),
     "marlin_24": (lambda c: c.update(format="marlin-24"), "format: got 'marlin-24'"),
     "fp8": (set_weights(type="float", num_bits=8), "type: got 'float'"),
