@@ -33,7 +33,7 @@ $(if $(TORCH),$(PY) -m pip install -q "$(TORCH)",\
   $(PY) -m pip install -q "torch==$(TORCH_VERSION)" --index-url https://download.pytorch.org/whl/cpu)
 endef
 
-.PHONY: demo test bench bench-peers gpu lint sanitize clean build
+.PHONY: demo test bench bench-peers gpu lint sanitize cross clean build
 
 demo: build
 	$(LLMKERN) demo $(ARGS)
@@ -70,7 +70,11 @@ sanitize: $(READY)
 	  LDFLAGS="$(SANITIZERS)" $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib $(PY) -m pytest -q tests/ops \
-	  -k "cpu and not opcheck and not compile" $(ARGS)
+	  -k "(cpu or not reference) and not opcheck and not compile" $(ARGS)
+
+# The portable CPU kernels on aarch64, emulated: needs g++-aarch64-linux-gnu and qemu-user.
+cross: $(READY)
+	$(PYTEST) tests/cross $(ARGS)
 
 # Incremental: ninja compiles what changed.
 build: $(READY)
