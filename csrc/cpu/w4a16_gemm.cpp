@@ -112,6 +112,25 @@ void multiply_block(const W4A16GemmParams& p, const Digits& digits, int64_t m0, 
   store_block(p, acc, m0 + first, last - first, n0);
 }
 
+#ifdef __AVX512VNNI__
+// Columns n0 .. n0 + 127 of the only row.
+template <int D>
+void multiply_two_blocks(const W4A16GemmParams& p, const Digits& digits, int64_t n0) {
+  alignas(64) float acc[2][kBlock] = {};
+  alignas(64) int32_t sums[2][D * kBlock];
+  Tile tiles[2];
+  for (int t = 0; t < 2; ++t) start_block(p.w, n0 + t * kBlock, tiles[t]);
+  for (int64_t c = 0; c < digits.chunks; ++c) {
+    for (int t = 0; t < 2; ++t)
+      load_tile(p.w, n0 + t * kBlock, c * digits.columns, digits.columns, tiles[t]);
+    dot_two_tiles<D>(tiles, digits.columns / 4, digits.x + c * digits.columns / 4 * D,
+                     digits.x_sums + c * D, sums);
+    for (int t = 0; t < 2; ++t) accumulate<D>(sums[t], tiles[t].scales, digits.scales[c], acc[t]);
+  }
+  for (int t = 0; t < 2; ++t) store_block(p, acc[t], 0, 1, n0 + t * kBlock);
+}
+#endif
+
 template <int D>
 void multiply(const W4A16GemmParams& p) {
   const int64_t N = p.w.N, K = p.w.K, columns = chunk_columns(p.w.group_size);
@@ -132,6 +151,13 @@ void multiply(const W4A16GemmParams& p) {
     // A few rows are split by one thread: every barrier waits for the slowest.
 #pragma omp parallel for schedule(static) if (digits.rows * K >= kParallelSplit)
     for (int64_t m = 0; m < digits.rows; ++m) split<D>(p, m0, digits, m);
+#ifdef __AVX512VNNI__
+    if (p.M == 1 && N % (2 * kBlock) == 0) {
+#pragma omp parallel for schedule(dynamic) if (N * K >= kParallelWork)
+      for (int64_t n = 0; n < N; n += 2 * kBlock) multiply_two_blocks<D>(p, digits, n);
+      return;
+    }
+#endif
 #pragma omp parallel for schedule(dynamic) if (digits.rows * N * K >= kParallelWork)
     for (int64_t i = 0; i < panels * blocks; ++i) {
       const int64_t first = i / blocks * kPanel;
