@@ -14,6 +14,7 @@ from typing import Any
 
 import _gpu
 import torch
+from peers import ggml
 from rich.table import Table
 
 from llmkern._backends import compiled_module
@@ -38,6 +39,8 @@ def environment(on_gpu: bool) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    if not on_gpu and (ggml_version := ggml.version()):
+        versions["ggml"] = ggml_version
     found = {
         "command": " ".join(sys.argv),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

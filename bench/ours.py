@@ -72,7 +72,7 @@ def w4a16_method(
     if activation == "float":
         return method
     name = f"{method.name}, {activation} activations"
-    note = "rounds the activations to 8 bits, as ggml does"
+    note = "rounds the activations to 8 bits"
     return replace(method, name=name, tolerance=INT8_TOLERANCE, note=note)
 
 

@@ -1,12 +1,15 @@
 """Run every benchmark, one after the other, and keep the results in one file.
 
 python bench/run_all.py                    writes bench/results/<machine>-<date>.json
+python bench/run_all.py --only bench_w4a16_gemm --extra "--shape 4096x4096 --m 1"
+                                           measures these cases anew and keeps the file's others
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Result file.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="Names of benches, repeatable.")] = None,
+    extra: Annotated[str, typer.Option(help="Arguments for the benches, as '--m 1 --m 4'.")] = "",
 ) -> None:
     """Run the benches in fresh processes and merge what they write."""
     on_gpu = torch.device(device).type == "cuda"
@@ -37,14 +41,21 @@ def main(
     output = output or HERE / "results" / name
     output.parent.mkdir(exist_ok=True)
     results = json.loads(output.read_text()) if output.is_file() else {}
+    failed = []
     for bench in only or BENCHES:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, str(HERE / f"{bench}.py"), "--json", file.name]
-            command += ["--device", device]
-            subprocess.run(command, check=True)
+            command += ["--device", device, *shlex.split(extra)]
+            if extra and bench in results:  # a part of a bench: the file's other cases stay
+                Path(file.name).write_text(json.dumps(results[bench]))
+                command.append("--merge")
+            if subprocess.run(command).returncode:
+                failed.append(bench)  # the others still get their numbers
+                continue
             results[bench] = json.loads(Path(file.name).read_text())
         output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {output}")
+    print(f"wrote {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    raise typer.Exit(len(failed) > 0)
 
 
 if __name__ == "__main__":

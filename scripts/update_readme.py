@@ -4,7 +4,7 @@ python scripts/update_readme.py            rewrites README.md
 python scripts/update_readme.py --check    fails if README.md is not what the results say
 
 A table stands between `<!-- results: FILE BENCH -->` and `<!-- end -->`; BENCH:grid has a column per
-number of rows of x instead of a row per case.
+number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x N) only.
 """
 
 from __future__ import annotations
@@ -51,35 +51,58 @@ def bench_table(record: dict[str, Any]) -> str:
     return f"{_render(table)}\n{_runs(record)}"
 
 
-def grid_table(record: dict[str, Any]) -> str:
-    """One bench's record with a column per number of rows M: ours, the best other, the ratios."""
+def grid_table(record: dict[str, Any], shape: str = "") -> str:
+    """One bench's record with a column per number of rows M; the fastest of a column is bold.
+
+    Below each shape: how the first of ours compares with the baseline, the best other, the floor.
+    """
     unit, factor = ("µs", 1e6) if record["runs"][0]["gpu"] else ("ms", 1e3)
-    cells: dict[tuple[str, str], dict[str, float]] = {}
-    columns: dict[str, None] = {}
-    for row in record["results"]:
-        column, _, shape = row["case"].partition(" ")
-        columns[column] = None
-        if row["median"] is not None:
-            cells.setdefault((shape, row["contender"]), {})[column] = row["median"]
-    ours = {row["contender"] for row in record["results"] if row["ours"]}
-    table = Table("K, N", f"median {unit}", *columns, box=box.MARKDOWN)
-    shape = None
-    for (place, name), times in cells.items():
-        best = {
-            c: min(t[c] for (s, _), t in cells.items() if s == place and c in t) for c in columns
-        }
-        shown = [_cell(times.get(c), best[c], factor) for c in columns]
-        label, shape = ("" if place == shape else place), place
-        table.add_row(label, f"**{name}**" if name in ours else name, *shown)
-    problems = {r["contender"]: r["problem"] for r in record["results"] if r["problem"]}
-    notes = problems | {r["contender"]: r["note"] for r in record["results"] if r.get("note")}
-    below = "".join(f"{name}: {text}. " for name, text in notes.items())
-    return f"{_render(table)}\n{below}{_runs(record)}"
+    rows = record["results"]
+    columns = list(dict.fromkeys(row["case"].partition(" ")[0] for row in rows))
+    places = dict.fromkeys(row["case"].partition(" ")[2] for row in rows)
+    if shape:
+        places = [place for place in places if re.findall(r"\d+", place) == shape.split("x")]
+    table = Table("weight", f"median {unit}", *columns, box=box.MARKDOWN)
+    for place in places:
+        cells: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in rows:
+            column, _, where = row["case"].partition(" ")
+            if where == place and row["median"] is not None:
+                cells.setdefault(row["contender"], {})[column] = row
+        best = {c: min(by[c]["median"] for by in cells.values() if c in by) for c in columns}
+        label = place
+        for name, by in cells.items():
+            ours = next(iter(by.values()))["ours"]
+            shown = [_cell(by.get(c), best[c], factor) for c in columns]
+            table.add_row(label, f"**{name}**" if ours else name, *shown)
+            label = ""
+        name, ours = next((n, by) for n, by in cells.items() if next(iter(by.values()))["ours"])
+        for heading, key in (
+            (record["baseline"], "times_baseline"),
+            ("best other", "times_best_other"),
+        ):
+            table.add_row(
+                "", f"{name} × {heading}", *(_ratio(ours[c][key]) for c in columns if c in ours)
+            )
+        floors = (f"{100 * ours[c]['floor'] / ours[c]['median']:.0f}" for c in columns if c in ours)
+        table.add_row("", f"{name}, % of floor", *floors)
+    return f"{_render(table)}\n{_remarks(rows)}{_runs(record)}"
 
 
-def _cell(seconds: float | None, best: float, factor: float) -> str:
-    if seconds is None:
+def _remarks(rows: list[dict[str, Any]]) -> str:
+    """Who has no number and why, and how others' jobs differ; those of one remark together."""
+    remarks: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for text in (row["problem"], row.get("note")):
+            if text:
+                remarks.setdefault(text, {})[row["contender"]] = None
+    return "".join(f"{', '.join(names)}: {text}. " for text, names in remarks.items())
+
+
+def _cell(row: dict[str, Any] | None, best: float, factor: float) -> str:
+    if row is None:
         return "–"
+    seconds = row["median"]
     text = f"{factor * seconds:.3g}" if factor * seconds < 100 else f"{factor * seconds:.0f}"
     return f"**{text}**" if seconds == best else text
 
@@ -90,7 +113,9 @@ def _runs(record: dict[str, Any]) -> str:
     for run in record["runs"]:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         command = re.sub(
-            r" --json \S+| --merge", "", re.sub(r"\S*/(bench/)", r"\1", run["command"])
+            r" --json \S+| --merge| --device cpu",
+            "",
+            re.sub(r"\S*/(bench/)", r"\1", run["command"]),
         )
         lines.append(
             f"`python {command}`, {run['gpu'] or run['cpu']}, {run['threads']} threads, {run['isa']}, "
@@ -136,11 +161,11 @@ def _ratio(value: float | None) -> str:
 def _block(match: re.Match[str]) -> str:
     start, file, bench, end = match.groups()
     record = json.loads((ROOT / "bench" / "results" / file).read_text())
-    name, _, form = bench.partition(":")
+    name, form, shape = (bench.split(":") + ["", ""])[:3]
     if name == "demo":
         body = demo_table(record)
     else:
-        body = (grid_table if form == "grid" else bench_table)(record[name])
+        body = grid_table(record[name], shape) if form == "grid" else bench_table(record[name])
     return f"{start}{body}{end}"
 
 

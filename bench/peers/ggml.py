@@ -24,7 +24,7 @@ TYPES = {"Q4_0": 2, "Q4_K": 12}
 F32 = 0
 CPU_DEVICE = 0
 GRAPH_NODES = 8
-NOTE = "rounds the activations to 8 bits, which its tolerance allows for"
+NOTE = "rounds the activations to 8 bits"
 # The rounding of x to 8 bits per 32 (Q4_0) or 256 values (Q4_K) alone makes an error of about 0.5 %.
 TOLERANCE = 0.02
 
@@ -49,6 +49,7 @@ class _TypeTraits(ctypes.Structure):
 # name: (result, arguments...)
 _BASE = {
     "ggml_init": (c_void_p, _InitParams),
+    "ggml_version": (c_char_p,),
     "ggml_free": (None, c_void_p),
     "ggml_log_set": (None, c_void_p, c_void_p),
     "ggml_tensor_overhead": (c_size_t,),
@@ -202,6 +203,15 @@ def library() -> Library:
     """The library; raises OSError, naming the files, where it is not built."""
     folder = os.environ.get("LLMKERN_GGML", Path(sys.prefix) / "ggml")
     return Library(Path(folder))
+
+
+def version() -> str | None:
+    """Of the library, or None where there is none."""
+    try:
+        text: bytes = library().version()
+    except (OSError, AttributeError):
+        return None
+    return text.decode()
 
 
 def methods() -> list[Method]:
