@@ -161,7 +161,7 @@ def _ratio(value: float | None) -> str:
 def _block(match: re.Match[str]) -> str:
     start, file, bench, end = match.groups()
     record = json.loads((ROOT / "bench" / "results" / file).read_text())
-    name, form, shape = (bench.split(":") + ["", ""])[:3]
+    name, form, shape, *_ = *bench.split(":"), "", ""
     if name == "demo":
         body = demo_table(record)
     else:
