@@ -14,7 +14,6 @@ from typing import Any
 
 import _gpu
 import torch
-from peers import ggml
 from rich.table import Table
 
 from llmkern._backends import compiled_module
@@ -32,6 +31,8 @@ PEERS = (
 
 def environment(on_gpu: bool) -> dict[str, Any]:
     """Versions, commit, machine and threads, for the record beside the numbers."""
+    from peers import ggml  # whose methods need the harness, which needs this module
+
     cpu, _ = compiled_module("_cpu")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PEERS:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import _gpu
 import _report
@@ -135,6 +139,10 @@ def test_our_own_failure_is_not_reported_but_raised():
         harness.measure(case, Peaks(1.0, {"bfloat16": 1.0}), Options(), "torch")
 
 
+BENCH = Path(harness.__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(BENCH.parent), "TERM": "dumb", "COLUMNS": "100"}
+
+
 def row(case, name, seconds, **more):
     timing = Timing(case, name, name == "llmkern", median=seconds, **more)
     timing.p20 = timing.p80 = timing.least = seconds
@@ -190,6 +198,16 @@ def test_summary_names_the_worst_cell_and_the_missing():
 def test_times_on_a_gpu_are_microseconds():
     assert _report.unit(record("1", [], gpu="H200")) == ("µs", 1e6)
     assert _report.unit(record("1", [])) == ("ms", 1e3)
+
+
+@pytest.mark.parametrize(
+    "script", ["bench_w4a16_gemm", "bench_lut4_gemm", "bench_chain", "run_all"]
+)
+def test_scripts_start(script):
+    command = [sys.executable, str(BENCH / f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "--device" in done.stdout
 
 
 def methods():
