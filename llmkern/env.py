@@ -97,6 +97,9 @@ def _example(op: str, device: str) -> Callable[[], object]:
     calls: dict[str, Callable[[], object]] = {
         "dequantize_int4": lambda: ops.dequantize_int4(qweight, scales, group_size=group_size),
         "hessian_update": lambda: ops.hessian_update(hessian(), x, 1.0),
+        "lut4_gemm": lambda: ops.lut4_gemm(
+            x, qweight, torch.linspace(-1, 1, 16, device=device), scales, group_size=group_size
+        ),
         "obs_quantize": lambda: ops.obs_quantize(x, hessian(), QuantFormat(4, group_size)),
         "w4a16_gemm": lambda: ops.w4a16_gemm(x, qweight, scales, group_size=group_size),
     }

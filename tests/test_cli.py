@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmkern import assets
+from llmkern import assets, ops
 from llmkern.cli import main
 
 MODEL = str(assets.bundled_model_dir())
@@ -75,7 +75,7 @@ def test_rules_choose_bits_per_layer(run: Run, tmp_path: Path) -> None:
 def test_env_lists_every_op_and_backend(run: Run) -> None:
     code, text, _ = run("env")
     assert code == 0
-    for word in ("w4a16_gemm", "obs_quantize", "triton", "reference", "torch"):
+    for word in (*ops.OPS, "triton", "reference", "torch"):
         assert word in text
 
 
