@@ -67,8 +67,22 @@ def env() -> None:
     console.print(table)
 
 
+# Options of `quantize` that a method without calibration has no use for.
+_CALIBRATED = (
+    "calibration",
+    "samples",
+    "seq_len",
+    "seed",
+    "damp",
+    "act_order",
+    "group_scales",
+    "true_sequential",
+)
+
+
 @app.command()
 def quantize(
+    context: typer.Context,
     model_dir: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     method: Annotated[str, typer.Option(help="gptq or rtn.")] = "gptq",
@@ -117,15 +131,16 @@ def quantize(
 
     check_target(output.absolute(), overwrite)
     options: dict[str, Any] = {"clip_search": clip_search}
-    if method != "rtn":
-        options |= {
-            "calibration": calibration,
-            "samples": samples,
-            "seq_len": seq_len,
-            "seed": seed,
-        }
-        options |= {"damp": damp, "act_order": act_order, "group_scales": group_scales}
-        options |= {"true_sequential": true_sequential}
+    if method == "rtn":
+        for name in _CALIBRATED:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: got {context.params[name]}, expected nothing: "
+                    "--method rtn does not calibrate"
+                )
+    else:
+        options |= {name: context.params[name] for name in _CALIBRATED}
     tokenizer = _tokenizer(model_dir)
     model = _open(model_dir, dtype, device)
     report = llmkern.quantize(

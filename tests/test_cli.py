@@ -154,3 +154,27 @@ def test_output_that_holds_a_model_is_kept(run: Run, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run(*command, "--bits", "3", "--overwrite")[0] == 0
     assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--calibration", "text.txt"),
+        ("--samples", "128"),
+        ("--seq-len", "64"),
+        ("--seed", "1"),
+        ("--damp", "0.1"),
+        ("--act-order",),
+        ("--group-scales", "static"),
+        ("--true-sequential",),
+    ],
+    ids=lambda option: option[0],
+)
+def test_rtn_refuses_what_it_would_ignore(
+    run: Run, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    code, _, err = run("quantize", MODEL, "-o", tmp_path / "out", "--method", "rtn", *option)
+    assert code == 1
+    assert f"{option[0]}: got" in err
+    assert "--method rtn does not calibrate" in err
+    assert not (tmp_path / "out").exists()
