@@ -1,0 +1,53 @@
+"""What the commands share: the application, its argument types, opening a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="llmkern",
+    help="Smaller, faster language models on hand-written kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL_DIR", help="Directory of a Hugging Face model.")
+]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens per window; by default a token tensor's width, else 512.")
+]
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
+]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one by default.")]
+
+
+def open_model(model_dir: str, dtype: str | None, device: str | None) -> Any:
+    """The model in `model_dir`, dense or compressed, on the device asked for."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    import llmkern
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # the command shows its own
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in kinds:
+        raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(kinds)}")
+    model: Any = llmkern.load(model_dir, dtype=kinds[dtype] if dtype else "auto")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def open_tokenizer(model_dir: str) -> Any:
+    """The tokenizer beside the model, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    if not any(Path(model_dir).glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)

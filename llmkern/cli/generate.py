@@ -1,0 +1,45 @@
+"""llmkern generate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmkern.cli.app import Device, DType, Model, app, console, open_model, open_tokenizer
+
+
+@app.command()
+def generate(
+    model_dir: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: DType = None,
+    device: Device = None,
+) -> None:
+    """Continue a prompt."""
+    import torch
+
+    model = open_model(model_dir, dtype, device)
+    tokenizer = open_tokenizer(model_dir)
+    if tokenizer is None:
+        raise ValueError(
+            f"{model_dir}: got no tokenizer files, expected a model with its tokenizer"
+        )
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    output = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
+    )
+    console.print(
+        tokenizer.decode(output[0], skip_special_tokens=True), markup=False, highlight=False
+    )
