@@ -158,7 +158,7 @@ void launch_gemv(const W4A16GemmParams& p, void* stream) {
 
 }  // namespace
 
-void w4a16_gemm(const W4A16GemmParams& p, const W4A16Config& config, void* stream) {
+void w4a16_gemm(const W4A16GemmParams& p, const ChunkConfig& config, void* stream) {
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<T, float>) {

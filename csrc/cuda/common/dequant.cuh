@@ -10,13 +10,12 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/common/chunks.cuh"
 #include "cuda/common/dtype.cuh"
 #include "llmkern.h"
 
 namespace llmkern::cuda {
 
-constexpr int kChunkRows = 64;
-constexpr int kChunkColumns = 128;
 constexpr int kCodeBytes = kChunkRows * kChunkColumns / 2;
 
 struct Int4Chunks {
@@ -27,16 +26,11 @@ struct Int4Chunks {
 };
 
 inline __host__ __device__ Int4Chunks int4_chunks(const Int4Weight& w) {
-  const int group_size = w.group_size % 128 == 0 ? 128 : w.group_size % 64 == 0 ? 64 : 32;
+  const int group_size = inline_group_size(w.group_size);
   const int grids = kChunkRows * (kChunkColumns / group_size);
   const int zeros_at = kCodeBytes + grids * (w.scales_dtype == DType::kFloat32 ? 4 : 2);
   return {(w.K + kChunkColumns - 1) / kChunkColumns, zeros_at + (w.zeros ? grids : 0), group_size,
           zeros_at};
-}
-
-// Where the scale and zero point of a row of the chunk stand among the 64 of its group.
-__host__ __device__ __forceinline__ int grid_index(int row) {
-  return row / 16 * 16 + row % 8 * 2 + row % 16 / 8;
 }
 
 // A 16-bit float of 128 (bfloat16) or 1024 (float16) has its last bit worth 1: a code put into the
