@@ -6,14 +6,39 @@ from llmkern.models.blocks import (
     context_length,
     evaluation_mode,
     find_blocks,
+    text_config,
     vocabulary_size,
 )
+from llmkern.models.resize import (
+    adopt_settings,
+    build,
+    changed_config,
+    keep_blocks,
+    keep_units,
+    set_width,
+    set_widths,
+    skeleton,
+    unit_overrides,
+)
+from llmkern.models.units import Units, find_units
 
 __all__ = [
     "DecoderBlocks",
+    "Units",
+    "adopt_settings",
     "block_linears",
+    "build",
+    "changed_config",
     "context_length",
     "evaluation_mode",
     "find_blocks",
+    "find_units",
+    "keep_blocks",
+    "keep_units",
+    "set_width",
+    "set_widths",
+    "skeleton",
+    "text_config",
+    "unit_overrides",
     "vocabulary_size",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -107,7 +108,7 @@ def block_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 def context_length(model: nn.Module) -> int | None:
     """Longest window, in tokens, that the model was built for; None if it sets no limit."""
-    config = _text_config(model)
+    config = text_config(model)
     # GPT-2's name is n_positions; its config answers to both.
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
@@ -122,10 +123,11 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return int(weight.shape[0]) if weight is not None else None
 
 
-def _text_config(model: nn.Module) -> object:
+def text_config(model: nn.Module) -> Any:
+    """The part of the model's config that describes its decoder; None if it has no config."""
     config = getattr(model, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    return config if get_text_config is None else get_text_config()
+    gettext_config = getattr(config, "gettext_config", None)
+    return config if gettext_config is None else gettext_config()
 
 
 @contextmanager
