@@ -101,3 +101,38 @@ CUDA_LAYOUT_CASES = {
     "m33_first_of_the_tiles": (33, 65, 160, 32, False, torch.float32),
     "m130_three_row_tiles": (130, 70, 768, 128, True, torch.bfloat16),
 }
+
+
+# Metadata nibbles of 2:4 sparsity: the kept two of four columns, first in bits 1:0, second in 3:2.
+SPARSE24_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
+
+
+def random_sparse24_meta(N: int, K: int) -> Tensor:
+    """Random metadata uint8 [N, K/8] of a 2:4 sparse weight, every pattern as likely as the others."""
+    nibbles = torch.tensor(SPARSE24_NIBBLES, dtype=torch.uint8)[torch.randint(0, 6, (N, K // 4))]
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def random_sparse24_weight(N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random values [N, K/2] and metadata uint8 [N, K/8], the weight of about unit norm per row.
+
+    One value in eight is zero, so that groups with fewer than two non-zeros are among them.
+    """
+    values = torch.randn(N, K // 2) * (2 / K) ** 0.5
+    return (values * (torch.rand(N, K // 2) >= 0.125)).to(dtype), random_sparse24_meta(N, K)
+
+
+def random_sparse24_int4_weight(
+    N: int,
+    K: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Random qvalues, meta, scales and zeros in the canonical layout, about unit norm per row."""
+    codes = torch.randint(0, 16, (N, K // 2), dtype=torch.uint8)
+    _, scales, zeros = random_int4_weight(
+        N, K, group_size, symmetric=symmetric, scale_dtype=scale_dtype
+    )
+    return pack_codes(codes, 4), random_sparse24_meta(N, K), scales, zeros

@@ -65,7 +65,7 @@ def is_symmetric(qweight: Tensor, scales: Tensor, group_size: int) -> bool:
     return qweight.shape[-1] == chunk_bytes(group_size, scales.element_size(), True)
 
 
-def _to_chunks(grid: Tensor, K: int, group_size: int) -> Tensor:
+def grid_to_chunks(grid: Tensor, K: int, group_size: int) -> Tensor:
     """Scales or zero points [N, groups] as [tiles, chunks, G, strip, g, 2], padded with zeros."""
     inline = inline_group_size(group_size)
     N = grid.shape[0]
@@ -75,11 +75,24 @@ def _to_chunks(grid: Tensor, K: int, group_size: int) -> Tensor:
     return grid.permute(0, 4, 5, 1, 3, 2)
 
 
-def _from_chunks(grid: Tensor, N: int, K: int, group_size: int) -> Tensor:
-    """Inverse of `_to_chunks`."""
+def grid_from_chunks(grid: Tensor, N: int, K: int, group_size: int) -> Tensor:
+    """Inverse of `grid_to_chunks`."""
     inline = inline_group_size(group_size)
     grid = grid.permute(0, 3, 5, 4, 1, 2).reshape(grid.shape[0] * ROWS, -1)
     return grid[:N, : K // inline : group_size // inline].contiguous()
+
+
+def fragment_words(pairs: Tensor) -> Tensor:
+    """A lane's codes (v0, v1), (v2, v3), .., a byte each, to its word: uint8 [.., 4] both."""
+    low, high = pairs & 15, pairs >> 4
+    nibbles = torch.cat((low, high), -1)  # v0 v2 v4 v6 v1 v3 v5 v7
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def fragment_pairs(words: Tensor) -> Tensor:
+    """Inverse of `fragment_words`."""
+    nibbles = torch.stack((words & 15, words >> 4), -1).flatten(-2)
+    return nibbles[..., :4] | nibbles[..., 4:] << 4
 
 
 def to_cuda_layout(
@@ -115,14 +128,11 @@ def to_cuda_layout(
         0, 4, 5, 1, 3, 8, 6, 7, 2
     )  # [.., half, strip, g, t, j, column / 8, row / 8]
     pairs = pairs.reshape(tiles, chunks, -1, 4)  # the pairs (v0, v1), (v2, v3), .. of a word
-    low, high = pairs & 15, pairs >> 4
-    nibbles = torch.cat((low, high), -1)  # v0 v2 v4 v6 v1 v3 v5 v7
-    codes = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-    parts = [codes.reshape(tiles, chunks, CODE_BYTES)]
-    grid = _to_chunks(scales, K, group_size).contiguous()
+    parts = [fragment_words(pairs).reshape(tiles, chunks, CODE_BYTES)]
+    grid = grid_to_chunks(scales, K, group_size).contiguous()
     parts.append(grid.view(torch.uint8).reshape(tiles, chunks, -1))
     if zeros is not None:
-        grid = _to_chunks(unpack_zeros(zeros, 4, N), K, group_size)
+        grid = grid_to_chunks(unpack_zeros(zeros, 4, N), K, group_size)
         parts.append(grid.reshape(tiles, chunks, -1))
     return torch.cat(parts, -1), scales.new_zeros(()).expand(groups, N), None
 
@@ -155,9 +165,11 @@ def from_cuda_layout(
         )
     tiles, chunks = qweight.shape[:2]
     codes = qweight[..., :CODE_BYTES].reshape(tiles, chunks, -1, 4)
-    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-    pairs = nibbles[..., :4] | nibbles[..., 4:] << 4
-    pairs = pairs.view(tiles, chunks, 2, 4, 8, 4, 4, 2, 2).permute(0, 3, 8, 4, 1, 2, 6, 7, 5)
+    pairs = (
+        fragment_pairs(codes)
+        .view(tiles, chunks, 2, 4, 8, 4, 4, 2, 2)
+        .permute(0, 3, 8, 4, 1, 2, 6, 7, 5)
+    )
     rows = pairs.reshape(tiles * ROWS, chunks * COLUMNS // 2)[:N, : K // 2]
     count = COLUMNS // inline_group_size(group_size)
     shape = (tiles, chunks, count, 4, 8, 2)
@@ -166,6 +178,6 @@ def from_cuda_layout(
     back = None
     if end < qweight.shape[-1]:
         inline_zeros = qweight[..., end:].reshape(shape)
-        back = pack_zeros(_from_chunks(inline_zeros, N, K, group_size), 4)
+        back = pack_zeros(grid_from_chunks(inline_zeros, N, K, group_size), 4)
     canonical = rows.contiguous().view(torch.int32)
-    return canonical, _from_chunks(grid, N, K, group_size), back
+    return canonical, grid_from_chunks(grid, N, K, group_size), back
