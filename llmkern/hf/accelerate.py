@@ -1,4 +1,4 @@
-"""Take over a compressed-tensors model that transformers has loaded, before it expands it."""
+"""Take over a quantized model that transformers has loaded: compressed-tensors, bitsandbytes' 4 bits."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from llmkern.formats.bitsandbytes import METHOD as BITSANDBYTES
 from llmkern.hf.scheme import weights_format
-from llmkern.nn import Int4Linear
+from llmkern.nn import Int4Linear, Lut4Linear
 from llmkern.patch import find_expert_matrices, record_formats, warn_dense
 
 Model = TypeVar("Model", bound=nn.Module)
+Replacement = TypeVar("Replacement", bound=nn.Module)
 
 
 def accelerate(model: Model) -> Model:
-    """Run a compressed-tensors model packed, on llmkern's kernels.
+    """Run a compressed-tensors or bitsandbytes 4-bit model packed, on llmkern's kernels.
 
     transformers keeps a `pack-quantized` checkpoint packed only until the first forward pass, which
     expands every layer to dense. Called before that pass, this swaps the packed layers for
@@ -23,11 +25,15 @@ def accelerate(model: Model) -> Model:
         model = AutoModelForCausalLM.from_pretrained("some/w4a16-checkpoint")
         model = llmkern.accelerate(model)
 
+    A model that transformers has loaded with bitsandbytes in 4 bits gets `Lut4Linear` layers instead, at
+    any time; nested scales are decoded.
+
     Layers of other formats (8 bits, fp8, quantized activations ...) and MoE experts held as 3-D
     parameters stay with transformers and are listed in one warning.
 
     Args:
-        model: from `from_pretrained`, with compressed-tensors installed, not used yet.
+        model: from `from_pretrained`, with compressed-tensors installed and not used yet, or with
+            bitsandbytes.
 
     Returns:
         The same model, changed in place.
@@ -35,13 +41,15 @@ def accelerate(model: Model) -> Model:
     Raises:
         ValueError: the first forward pass has already expanded the model, or nothing in it is packed.
     """
+    if _method(model) == BITSANDBYTES:
+        return _accelerate_bitsandbytes(model)
     quantized = {
         name: module
         for name, module in model.named_modules()
         if getattr(module, "quantization_scheme", None) is not None
     }
     packed = {n: m for n, m in quantized.items() if "weight_packed" in m._parameters}
-    done = any(isinstance(module, Int4Linear) for module in model.modules())
+    done = any(isinstance(module, Int4Linear | Lut4Linear) for module in model.modules())
     if not packed and not done:
         raise ValueError(_why_nothing_is_packed(quantized))
     left = {}
@@ -73,7 +81,7 @@ def _why_nothing_is_packed(quantized: dict[str, nn.Module]) -> str:
         )
     return (
         "model: got no packed layer in it, expected a compressed-tensors model from from_pretrained "
-        "(with compressed-tensors installed)"
+        "(with compressed-tensors installed), or one in bitsandbytes' 4 bits"
     )
 
 
@@ -98,6 +106,44 @@ def _take_over(module: nn.Module, name: str) -> Int4Linear:
     problem = layer.problem("weight_shape", own["weight_shape"])
     if problem:
         raise ValueError(f"{name}: {problem}")
+    return _like(module, layer)
+
+
+def _method(model: nn.Module) -> str | None:
+    """Name of the quantization with which transformers has loaded `model`."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(config, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def _accelerate_bitsandbytes(model: Model) -> Model:
+    # bitsandbytes' own linears, told by the state that only their weights have once loaded.
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module._parameters.get("weight"), "quant_state", None) is not None
+    }
+    if not layers:
+        raise ValueError(
+            "model: got bitsandbytes without a 4-bit layer in it, expected load_in_4bit with NF4 or FP4"
+        )
+    left = {}
+    for name, module in layers.items():
+        try:
+            layer = Lut4Linear.from_bitsandbytes(module.state_dict(), module._parameters["bias"])
+        except ValueError as error:
+            left[name] = str(error)
+        else:
+            model.set_submodule(name, _like(module, layer))
+    if not left:
+        _release(model)
+        model.__dict__.pop("is_loaded_in_4bit", None)
+    warn_dense("accelerate", left | find_expert_matrices(model))
+    return model
+
+
+def _like(module: nn.Module, layer: Replacement) -> Replacement:
+    """`layer` in the mode and with the hooks of the module that it replaces."""
     layer.train(module.training)
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:

@@ -50,7 +50,8 @@ def lut4_gemm(
     """y [M, N] in x.dtype, accumulated in float32, or in float64 for a float64 x."""
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = dequantize_lut4(qweight, codebook, scales, group_size, work)
-    y = x.to(work) @ w.t()
+    # Strided rows would change the order in which some BLAS libraries add.
+    y = x.to(work).contiguous() @ w.t()
     if bias is not None:
         y += bias.to(work)
     return y.to(x.dtype)

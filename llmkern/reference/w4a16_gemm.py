@@ -54,7 +54,9 @@ def w4a16_gemm(
     """y [M, N] in x.dtype, accumulated in float32, or in float64 for a float64 x."""
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = dequantize_int4(qweight, scales, zeros, group_size, work)
-    y = (round_rows(x) if activation == "int8" else x).to(work) @ w.t()
+    rows = round_rows(x) if activation == "int8" else x
+    # Strided rows would change the order in which some BLAS libraries add.
+    y = rows.to(work).contiguous() @ w.t()
     if bias is not None:
         y += bias.to(work)
     return y.to(x.dtype)

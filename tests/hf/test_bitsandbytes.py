@@ -82,3 +82,69 @@ def test_damage_is_named(tmp_path):
     change(tmp_path, lambda t: t.pop(f"{LAYER}.weight.absmax"))
     with pytest.raises(ValueError, match=rf"{LAYER}\.weight\.absmax: got none"):
         llmkern.load(tmp_path)
+
+
+def loaded_by_transformers(path, **options) -> LlamaForCausalLM:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import BitsAndBytesConfig
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        attention_bias=True,
+    )
+    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options
+    )
+    return LlamaForCausalLM.from_pretrained(path, quantization_config=settings, device_map="cpu")
+
+
+@pytest.mark.parametrize("book", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_accelerate_takes_over_a_model_that_bitsandbytes_quantized(book, nested, tmp_path):
+    options = {"bnb_4bit_quant_type": book, "bnb_4bit_use_double_quant": nested}
+    model = loaded_by_transformers(tmp_path / "dense", **options)
+    tokens = torch.tensor([[1, 2, 3, 5]])
+    import bitsandbytes.functional as peer
+
+    theirs = model.get_submodule(LAYER)
+    wanted = peer.dequantize_4bit(theirs.weight, theirs.weight.quant_state)
+    model(tokens)  # bitsandbytes repacks its weights in its first forward pass
+    assert llmkern.accelerate(model) is model
+    layer = model.get_submodule(LAYER)
+    assert isinstance(layer, Lut4Linear)
+    assert torch.equal(layer.dequantize(torch.bfloat16), wanted)
+    llmkern.save(model, tmp_path / "packed")
+    again = llmkern.load(tmp_path / "packed")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert llmkern.accelerate(model) is model
+
+
+def test_accelerate_refuses_bitsandbytes_without_four_bits(tmp_path):
+    model = loaded_by_transformers(tmp_path)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            size = module.in_features, module.out_features
+            model.set_submodule(name, torch.nn.Linear(*size, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="bitsandbytes without a 4-bit layer"):
+        llmkern.accelerate(model)
+
+
+def test_several_devices_are_refused(tmp_path, monkeypatch):
+    saved(tmp_path)
+    from llmkern.hf import _bitsandbytes
+
+    fill = _bitsandbytes.fill
+
+    def spread(model, files):
+        model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+        fill(model, files)
+
+    monkeypatch.setattr(_bitsandbytes, "fill", spread)
+    with pytest.raises(ValueError, match="device_map: got several devices, expected one"):
+        llmkern.load(tmp_path)
