@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Generic, TypeVar
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from llmkern.nn.lut4_linear import Lut4Linear
 Format = QuantFormat | LutFormat
 Rule = Format | Mapping[str, Format | None]
 Factory = Callable[[str, nn.Module, Format], nn.Module]
+_T = TypeVar("_T")
 
 # Last components of the names of layers that decide which expert or class wins: tiny, and sensitive.
 _HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
@@ -26,17 +28,17 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass
-class PatchReport:
-    """What `patch` did.
+class LinearChoice(Generic[_T]):
+    """What a rule does with each linear module of a model.
 
     Attributes:
-        replaced: format of every replaced module, by its full name.
-        left: why every other linear module stays dense, by its full name; modules that hold matrices
+        replaced: what the rule gives to every module that it takes, by its full name.
+        left: why every other linear module stays as it is, by its full name; modules that hold matrices
             in another way, such as MoE experts, are among them.
-        unexpected: names out of `left` that the rule asked to quantize.
+        unexpected: names out of `left` that the rule asked for.
     """
 
-    replaced: dict[str, Format] = field(default_factory=dict)
+    replaced: dict[str, _T] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
 
@@ -44,6 +46,11 @@ class PatchReport:
         self.left[name] = reason
         if unexpected:
             self.unexpected.append(name)
+
+
+class PatchReport(LinearChoice[Format]):
+    """What `patch` did: `replaced` holds the format of every replaced module, `left` why the others
+    stay dense, `unexpected` which of those the rule asked to quantize."""
 
 
 def patch(
@@ -91,8 +98,25 @@ def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
     """What `patch` would do with the same arguments; the model is only read."""
     if rule is None or isinstance(rule, Format):
         rule = {"*": rule or QuantFormat()}
-    rules = dict(rule)
-    report = PatchReport()
+    choice: LinearChoice[Format] = choose_linears(model, dict(rule), _misfit)
+    return PatchReport(choice.replaced, choice.left, choice.unexpected)
+
+
+def choose_linears(
+    model: nn.Module, rules: Mapping[str, _T | None], misfit: Callable[[_T, int], str | None]
+) -> LinearChoice[_T]:
+    """Which linears of `model` a mapping from glob patterns takes; the model is only read.
+
+    Args:
+        model: any module.
+        rules: what to give to the layers that a pattern matches, or None to leave them; the last
+            pattern that matches decides.
+        misfit: called with what a layer would get and its K, returns why it cannot have it, or None.
+
+    Raises:
+        ValueError: a pattern that is not None matches no linear layer.
+    """
+    report: LinearChoice[_T] = LinearChoice()
     linears = find_linears(model)
     for pattern, fmt in rules.items():
         if fmt is not None and not any(fnmatchcase(name, pattern) for name in linears):
@@ -104,7 +128,10 @@ def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
     for name, linear in linears.items():
         winner = winning_pattern(rules, name)
         fmt = None if winner is None else rules[winner]
-        reason, unexpected = _reason_to_leave(name, linear, winner, fmt, shared)
+        reason, unexpected = _reason_to_leave(name, linear, winner, fmt is None, shared)
+        if reason is None and fmt is not None:
+            reason = misfit(fmt, _columns(linear))
+            unexpected = reason is not None
         if reason is not None or fmt is None:
             report._leave(name, reason or "left dense by the rule", unexpected=unexpected)
             continue
@@ -118,7 +145,7 @@ def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
     return report
 
 
-def winning_pattern(rules: Mapping[str, Format | None], name: str) -> str | None:
+def winning_pattern(rules: Mapping[str, object], name: str) -> str | None:
     """The pattern that decides about the module `name`: the last that matches, or None."""
     return next((p for p in reversed(list(rules)) if fnmatchcase(name, p)), None)
 
@@ -247,13 +274,13 @@ def _reason_to_leave(
     name: str,
     linear: nn.Module,
     pattern: str | None,
-    fmt: Format | None,
+    dense: bool,
     shared: Mapping[int, list[str]],
 ) -> tuple[str | None, bool]:
     """(why a layer is left alone or None, whether the rule asked for it)."""
     if isinstance(linear, Int4Linear | Lut4Linear):
         return "already packed", False
-    if pattern is None or fmt is None:
+    if pattern is None or dense:
         return (
             "no pattern of the rule matches" if pattern is None else "left dense by the rule",
             False,
@@ -267,9 +294,12 @@ def _reason_to_leave(
         return f"{kind}, dense unless a pattern names it", False
     if type(linear) is not nn.Linear and not _is_conv1d(linear):
         return f"of class {type(linear).__name__}, which is not a plain nn.Linear", True
-    K = int(linear.weight.shape[0 if _is_conv1d(linear) else 1])  # type: ignore[index]
-    problem = _misfit(fmt, K)
-    return problem, problem is not None
+    return None, False
+
+
+def _columns(linear: nn.Module) -> int:
+    """K of a linear or Conv1D."""
+    return int(linear.weight.shape[0 if _is_conv1d(linear) else 1])  # type: ignore[index]
 
 
 def _misfit(fmt: Format, K: int) -> str | None:

@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "models": {"patch"},
     "_memory": {"_backends"},
     "calibrate": {"assets", "formats", "models", "ops"},
-    "quantize": {"calibrate", "formats", "models", "nn", "ops", "patch"},
+    "_drive": {"calibrate", "models", "nn", "ops", "patch"},
+    "quantize": {"_drive", "calibrate", "formats", "nn", "ops", "patch"},
+    "prune": {"_drive", "calibrate", "models", "nn", "ops", "patch"},
     "evaluate": {"calibrate", "formats", "models", "nn"},
     "testing": {"formats", "ops", "reference"},
 }

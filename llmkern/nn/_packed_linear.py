@@ -168,3 +168,21 @@ def dense_weight(linear: nn.Module) -> Tensor:
     raise ValueError(
         f"linear: got {type(linear).__name__}, expected nn.Linear or transformers' Conv1D"
     )
+
+
+def matrix_shape(linear: nn.Module) -> tuple[int, int]:
+    """(N, K) of what `dense_weight` returns, without making it."""
+    first, second = linear.get_parameter("weight").shape
+    return (first, second) if isinstance(linear, nn.Linear) else (second, first)
+
+
+def write_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Overwrite what `dense_weight` returns, in place, rounded to the layer's dtype.
+
+    Args:
+        linear: an nn.Linear or Conv1D.
+        weight: float [N, K].
+    """
+    target = linear.get_parameter("weight")
+    with torch.no_grad():
+        target.copy_(weight if isinstance(linear, nn.Linear) else weight.t())

@@ -1,6 +1,7 @@
 """Quantization methods, and the function that applies one to a whole model."""
 
-from llmkern.quantize._driver import METHODS, DataOptions, quantize
+from llmkern._drive import DataOptions
+from llmkern.quantize._driver import METHODS, quantize
 from llmkern.quantize._report import LayerReport, QuantizedWeight, QuantizeReport
 from llmkern.quantize.gptq import GptqOptions, gptq
 from llmkern.quantize.rtn import RtnOptions, rtn

@@ -6,24 +6,19 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
-from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from llmkern._drive import Work, for_each_layer, layer_stage, plan_layers, sort_options
 from llmkern.calibrate import Block, HessianStatistic, load_windows, walk
 from llmkern.calibrate.data import Source
 from llmkern.formats.int4 import QuantFormat
-from llmkern.models import block_linears, find_blocks
 from llmkern.nn import Int4Linear
 from llmkern.nn._packed_linear import dense_weight
 from llmkern.nn.int4_linear import BITS
-from llmkern.ops._library import FLOATS
-from llmkern.patch import plan_patch, record_formats, warn_dense, winning_pattern
+from llmkern.patch import record_formats
 from llmkern.quantize._report import LayerReport, QuantizedWeight, QuantizeReport
 from llmkern.quantize.gptq import GptqOptions, gptq
 from llmkern.quantize.rtn import RtnOptions, rtn
@@ -31,23 +26,6 @@ from llmkern.quantize.rtn import RtnOptions, rtn
 METHODS: dict[str, type] = {"gptq": GptqOptions, "rtn": RtnOptions}
 
 _Formats = dict[str, QuantFormat]
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How the calibration data is cut and fed.
-
-    Attributes:
-        samples: windows.
-        seq_len: tokens per window; None takes a tensor's own width, else 512.
-        seed: of the choice of windows.
-        batch_size: windows per forward.
-    """
-
-    samples: int = 128
-    seq_len: int | None = None
-    seed: int = 0
-    batch_size: int = 8
 
 
 def quantize(
@@ -76,7 +54,7 @@ def quantize(
         group_size: K-elements per scale, a divisor of every layer's K; None for one scale per row.
         symmetric: no zero points.
         rules: glob over full layer names -> `QuantFormat` for those layers, or None to leave them
-            dense; the first that matches counts.
+            dense; the last that matches counts.
         calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`); None takes the text
             that comes with llmkern.
         tokenizer: needed where the calibration is text.
@@ -99,14 +77,13 @@ def quantize(
             Hessian could not be factored; after an error in the middle, which layers were replaced.
     """
     start = time.perf_counter()
-    settings, data = _options(method, options)
+    settings, data = sort_options(method, METHODS, options)
     plan, dense = _plan(model, _format(bits, group_size, symmetric), dict(rules or {}))
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
     if isinstance(settings, RtnOptions):
         with _Work(model, plan, report, progress) as work:
-            for prefix, block in find_blocks(model).items():
-                for name in block_linears(block):
-                    work.compress(prefix, block, name, partial(rtn, options=settings))
+            simple = partial(work.compress, method=partial(rtn, options=settings))
+            for_each_layer(model, plan.__contains__, simple)
     else:
         windows = load_windows(
             calibration,
@@ -127,67 +104,37 @@ def quantize(
 def _gptq_stage(work: _Work, settings: GptqOptions, tokens: int) -> Callable[[Block], None]:
     """GPTQ of one block: statistics and layers in the order of execution."""
 
-    def stage(block: Block) -> None:
-        def empty(group: tuple[str, ...]) -> HessianStatistic:
-            weight = dense_weight(block.module.get_submodule(group[0]))
-            return HessianStatistic(weight.shape[1], tokens=tokens, device=weight.device)
+    def empty(weight: Tensor) -> HessianStatistic:
+        return HessianStatistic(weight.shape[1], tokens=tokens, device=weight.device)
 
-        planned = [tuple(n for n in g if work.plans(block.name, n)) for g in block.groups()]
-        groups = [group for group in planned if group]
-        for sweep in [[group] for group in groups] if settings.true_sequential else [groups]:
-            work.say(f"{block.name} (inputs)")
-            statistics = block.collect(sweep, empty)
-            for group in sweep:
-                method = partial(gptq, statistic=statistics.pop(0), options=settings)
-                for name in group:
-                    work.compress(block.name, block.module, name, method)
+    def apply(prefix: str, block: nn.Module, name: str, statistic: HessianStatistic) -> None:
+        work.compress(prefix, block, name, partial(gptq, statistic=statistic, options=settings))
 
-    return stage
+    return layer_stage(work, work.plans, empty, apply, sequential=settings.true_sequential)
 
 
-class _Work:
-    """Replaces planned layers one by one; keeps the report and the progress bar."""
+class _Work(Work):
+    """Replaces planned layers one by one; keeps the report."""
 
     def __init__(
         self, model: nn.Module, plan: _Formats, report: QuantizeReport, progress: bool
     ) -> None:
-        from tqdm import tqdm
-
-        self._model = model
+        super().__init__(
+            "quantize",
+            "quantized",
+            len(plan),
+            progress=progress,
+            record=partial(record_formats, model),
+        )
         self._plan = plan
         self._report = report
-        # disable=None: no bar where standard error is no terminal.
-        self._bar = tqdm(total=len(plan), unit="layer", disable=None if progress else True)
 
     def __enter__(self) -> _Work:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._bar.close()
-        done = self._report.layers
-        if done:
-            # Also after an error: the config then still says what the model holds.
-            record_formats(self._model)
-        if exc is not None and done:
-            warnings.warn(
-                f"quantize: stopped after {len(done)} of {len(self._plan)} layers; {done[0].name} to "
-                f"{done[-1].name} are already quantized",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-    def plans(self, prefix: str, name: str) -> bool:
-        """Whether the layer `name` of the block `prefix` is to be quantized."""
-        return f"{prefix}.{name}" in self._plan
-
-    def say(self, text: str) -> None:
-        """Show what is being done."""
-        self._bar.set_description(text)
+    def plans(self, full: str) -> bool:
+        """Whether the layer of this full name is to be quantized."""
+        return full in self._plan
 
     def compress(
         self,
@@ -196,21 +143,15 @@ class _Work:
         name: str,
         method: Callable[[Tensor, QuantFormat], QuantizedWeight],
     ) -> None:
-        """Replace the linear `name` of a block by its packed form, if that is planned."""
+        """Replace the linear `name` of a block by its packed form."""
         full = f"{prefix}.{name}"
-        fmt = self._plan.get(full)
-        if fmt is None:
-            return
-        self.say(full)
+        fmt = self._plan[full]
         start = time.perf_counter()
         linear = block.get_submodule(name)
         weight = dense_weight(linear)
-        try:
-            with torch.no_grad():
-                result = method(weight, fmt)
-                packed = _pack(linear, weight, result, fmt)
-        except ValueError as error:
-            raise ValueError(f"{full}: {error}") from error
+        with self.layer(full):
+            result = method(weight, fmt)
+            packed = _pack(linear, weight, result, fmt)
         block.set_submodule(name, packed)
         if not result.factored:
             warnings.warn(
@@ -234,8 +175,7 @@ class _Work:
                 seconds=time.perf_counter() - start,
             )
         )
-        self._bar.set_postfix(loss=f"{result.relative_loss:.2e}", refresh=False)
-        self._bar.update()
+        self.finish(full, loss=f"{result.relative_loss:.2e}")
 
 
 def _pack(
@@ -251,20 +191,6 @@ def _pack(
         dtype=weight.dtype,
     )
     return packed.train(linear.training)
-
-
-def _options(method: str, options: dict[str, Any]) -> tuple[GptqOptions | RtnOptions, DataOptions]:
-    """Sort `options` into the method's and the data's; refuse what belongs to neither."""
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
-    kinds: tuple[type, ...] = (METHODS[method], DataOptions)
-    known = [{f.name for f in dataclasses.fields(kind)} for kind in kinds]
-    for name in options:
-        if not any(name in names for names in known):
-            expected = ", ".join(sorted(set().union(*known)))
-            raise ValueError(f"{name}: not an option of method {method!r}, expected {expected}")
-    own, data = ({k: v for k, v in options.items() if k in names} for names in known)
-    return METHODS[method](**own), DataOptions(**data)
 
 
 def _format(bits: int, group_size: int | None, symmetric: bool) -> QuantFormat:
@@ -285,47 +211,18 @@ def _plan(
     model: nn.Module, default: QuantFormat, rules: dict[str, QuantFormat | None]
 ) -> tuple[_Formats, dict[str, str]]:
     """Format of each layer to quantize, all of it checked, and why each other one stays dense."""
-    blocks = find_blocks(model)
-    inside = {
-        f"{prefix}.{name}": linear
-        for prefix, block in blocks.items()
-        for name, linear in block_linears(block).items()
-    }
-    if not inside:
-        raise ValueError(f"model: got no dense linear in {blocks.name}, expected some to quantize")
     for pattern, fmt in rules.items():
         if fmt is not None and not isinstance(fmt, QuantFormat):
             raise ValueError(f"rules: got {fmt!r} for {pattern!r}, expected a QuantFormat or None")
         if fmt is not None:
             _check_bits(fmt, f"rules[{pattern!r}]")
-        if not any(fnmatchcase(name, pattern) for name in inside):
-            raise ValueError(
-                f"rules: got {pattern!r}, which matches no linear in {blocks.name}; they are named "
-                f"like {next(iter(inside))!r}"
-            )
-    rule = {"*": default, **rules}
-    _check_groups(rule, inside)
-    choice = plan_patch(model, rule)
-    dense = dict(choice.left)
-    plan = {}
-    for name, wanted in choice.replaced.items():
-        assert isinstance(wanted, QuantFormat)  # checked above
-        if name in inside:
-            _check_values(name, inside[name])
-            plan[name] = wanted
-        else:
-            dense[name] = f"outside the decoder blocks ({blocks.name})"
-    warn_dense("quantize", {name: dense[name] for name in choice.unexpected})
-    return plan, dense
+    return plan_layers(model, {"*": default, **rules}, what="quantize", check=_check_groups)
 
 
-def _check_groups(rule: Mapping[str, QuantFormat | None], linears: dict[str, nn.Module]) -> None:
+def _check_groups(asked: Mapping[str, tuple[int, QuantFormat]]) -> None:
     bad = []
-    for name, linear in linears.items():
-        pattern = winning_pattern(rule, name)
-        fmt = None if pattern is None else rule[pattern]
-        K = dense_weight(linear).shape[1]
-        if fmt is not None and fmt.group_size is not None and K % fmt.group_size:
+    for name, (K, fmt) in asked.items():
+        if fmt.group_size is not None and K % fmt.group_size:
             bad.append((name, K, fmt.group_size))
     if bad:
         name, K, size = bad[0]
@@ -335,12 +232,3 @@ def _check_groups(rule: Mapping[str, QuantFormat | None], linears: dict[str, nn.
             f"group_size: got {size}, which does not divide K = {K} of {name}{more}; expected a divisor "
             f"such as {fits[0]}, or rules={{{name!r}: None}} to leave the layer dense"
         )
-
-
-def _check_values(name: str, linear: nn.Module) -> None:
-    weight = linear.get_parameter("weight")
-    if weight.is_meta or weight.dtype not in FLOATS:
-        kind = "a weight without data" if weight.is_meta else f"a {weight.dtype} weight"
-        raise ValueError(f"{name}: got {kind}, expected float32, bfloat16 or float16")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{name}: its weight holds NaN or Inf, expected finite numbers")
