@@ -4,12 +4,15 @@ from pathlib import Path as _Path
 
 from llmkern._backends import use_backend
 from llmkern._version import __version__
-from llmkern.evaluate import evaluate  # this, patch and quantize stand before their submodules
+from llmkern.evaluate import (
+    evaluate,
+)  # this, patch, prune and quantize stand before their submodules
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
 from llmkern.hf import accelerate, load, save
 from llmkern.nn import Int4Linear, Lut4Linear
 from llmkern.patch import patch
+from llmkern.prune import prune
 from llmkern.quantize import quantize
 
 # In a source tree that was built in place and not installed, the Triton kernels lie beside the package.
@@ -27,6 +30,7 @@ __all__ = [
     "evaluate",
     "load",
     "patch",
+    "prune",
     "quantize",
     "save",
     "use_backend",

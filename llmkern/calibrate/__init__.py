@@ -1,10 +1,11 @@
 """Calibration: windows of tokens, the walk through a model's blocks, statistics of their inputs."""
 
 from llmkern.calibrate.data import load_tokens, load_windows
-from llmkern.calibrate.statistics import HessianStatistic, Statistic
+from llmkern.calibrate.statistics import ActivationNormStatistic, HessianStatistic, Statistic
 from llmkern.calibrate.walker import Block, HiddenStates, capture_inputs, walk
 
 __all__ = [
+    "ActivationNormStatistic",
     "Block",
     "HessianStatistic",
     "HiddenStates",

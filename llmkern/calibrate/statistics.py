@@ -9,6 +9,9 @@ from torch import Tensor
 
 from llmkern.ops import HessianFactor, factorize_hessian, hessian_update
 
+_NO_INPUT = "no calibration input ever reached it"
+_NOT_FINITE = "its calibration activations hold NaN or Inf, expected finite numbers"
+
 
 class Statistic(Protocol):
     """Anything that the walker can feed with the inputs of a group of linears."""
@@ -55,10 +58,10 @@ class HessianStatistic:
             ValueError: the inputs held NaN or Inf, or no input ever came.
         """
         if self.rows == 0:
-            raise ValueError("no calibration input ever reached it")
+            raise ValueError(_NO_INPUT)
         # A NaN or Inf in column k of an input is one in H[k, k], so that no input need be searched.
         if not bool(torch.isfinite(self.H.diagonal()).all()):
-            raise ValueError("its calibration activations hold NaN or Inf, expected finite numbers")
+            raise ValueError(_NOT_FINITE)
         if self.rows != self._tokens:
             self.H.mul_(self._tokens / self.rows)
             self._tokens = self.rows
@@ -70,3 +73,58 @@ class HessianStatistic:
         if key not in self._factors:
             self._factors = {key: factorize_hessian(self.finish(), damp=damp, act_order=act_order)}
         return self._factors[key]
+
+
+class ActivationNormStatistic:
+    """Norm and mean of each feature of a layer's inputs, over all rows that came.
+
+    Sums are taken in float32 within a call and in float64 between calls, whatever the inputs' dtype:
+    squares of float16 activations pass its range.
+
+    Attributes:
+        rows: input rows seen so far.
+    """
+
+    def __init__(self, K: int, *, tokens: int, device: torch.device | str = "cpu") -> None:
+        """Start from zero.
+
+        Args:
+            K: width of the inputs.
+            tokens: rows that are expected in all; a layer may see fewer, as experts do.
+            device: where the inputs will be.
+        """
+        self.rows = 0
+        self.tokens = tokens
+        self._squares = torch.zeros(K, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(K, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of x [..., K]."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self._squares += rows.square().sum(0)
+        self._sums += rows.sum(0)
+        self.rows += rows.shape[0]
+
+    def mean_square(self) -> Tensor:
+        """E[x²] of each feature, float32 [K]: half the diagonal of the Hessian.
+
+        Raises:
+            ValueError: the inputs held NaN or Inf, or no input ever came.
+        """
+        return self._finish(self._squares)
+
+    def mean(self) -> Tensor:
+        """E[x] of each feature, float32 [K].
+
+        Raises:
+            ValueError: the inputs held NaN or Inf, or no input ever came.
+        """
+        return self._finish(self._sums)
+
+    def _finish(self, total: Tensor) -> Tensor:
+        if self.rows == 0:
+            raise ValueError(_NO_INPUT)
+        # A NaN or Inf in a feature is one in the sum of its squares.
+        if not bool(torch.isfinite(self._squares).all()):
+            raise ValueError(_NOT_FINITE)
+        return (total / self.rows).float()

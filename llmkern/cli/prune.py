@@ -1,0 +1,107 @@
+"""llmkern prune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmkern.cli.app import Device, DType, Model, SeqLen, app, console, open_model, open_tokenizer
+
+# Parameters of the command that are not those of `llmkern.prune`.
+_OWN = ("model_dir", "output", "method", "rule", "dtype", "device", "overwrite")
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    model_dir: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    method: Annotated[str, typer.Option(help="magnitude or wanda.")] = "wanda",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of single weights to set to zero.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="N:M", help="Keep n of every m weights of a row, as 2:4.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Fraction of whole structures to take out.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text file, token tensor (.pt, .safetensors) or dataset name; built-in text by default."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: SeqLen = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="layer or row: which weights compete; the method's own by default."),
+    ] = None,
+    bias_compensation: Annotated[
+        bool | None, typer.Option(help="Let biases take up the mean of what is removed.")
+    ] = None,
+    true_sequential: Annotated[
+        bool | None, typer.Option(help="Calibrate layers on those before them in their block.")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATTERN=SPARSITY, PATTERN=N:M or PATTERN=dense, by module name; repeatable."
+        ),
+    ] = None,
+    dtype: DType = None,
+    device: Device = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a model that OUTPUT already holds.")
+    ] = False,
+) -> None:
+    """Remove weights of a model and save it as the plain model that it still is."""
+    import llmkern
+    from llmkern.hf.save import check_target
+
+    check_target(output.absolute(), overwrite)
+    rules = _rules(rule or [])
+    model = open_model(model_dir, dtype, device)
+    tokenizer = open_tokenizer(model_dir)
+    report = llmkern.prune(
+        model, method, tokenizer=tokenizer, rules=rules, progress=True, **_given(context)
+    )
+    llmkern.save(model, output, tokenizer, overwrite=overwrite)
+    (output / "llmkern_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    console.print(
+        f"{len(report.layers)} layers pruned in {report.seconds:.1f} s, {report.sparsity:.1%} of their "
+        f"weights are zero, {len(report.kept)} left as they were, saved to {output}"
+    )
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options that were written on the command line, for `llmkern.prune` to take or refuse."""
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if name not in _OWN and source is not None and source.name != "DEFAULT":
+            given[name] = value
+    return given
+
+
+def _rules(rules: list[str]) -> dict[str, Any]:
+    """--rule options as the mapping that llmkern.prune takes."""
+    parsed: dict[str, Any] = {}
+    for rule in rules:
+        glob, equals, value = rule.rpartition("=")
+        if not equals or not glob:
+            raise ValueError(
+                f"--rule: got {rule!r}, expected PATTERN=SPARSITY, PATTERN=N:M or PATTERN=dense"
+            )
+        try:
+            parsed[glob] = None if value == "dense" else value if ":" in value else float(value)
+        except ValueError:
+            raise ValueError(
+                f"--rule: got {rule!r}, expected a fraction, N:M or dense behind ="
+            ) from None
+    return parsed

@@ -1,0 +1,18 @@
+"""Pruning methods, and the function that applies one to a whole model."""
+
+from llmkern.prune._amount import Pattern
+from llmkern.prune._driver import METHODS, prune
+from llmkern.prune._report import LayerReport, PrunedWeight, PruneReport
+from llmkern.prune.magnitude import MagnitudeOptions
+from llmkern.prune.wanda import WandaOptions
+
+__all__ = [
+    "METHODS",
+    "LayerReport",
+    "MagnitudeOptions",
+    "Pattern",
+    "PruneReport",
+    "PrunedWeight",
+    "WandaOptions",
+    "prune",
+]

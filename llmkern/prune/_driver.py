@@ -1,0 +1,113 @@
+"""`prune`: checks what was asked, hands it to the method, completes the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from llmkern._drive import sort_options
+from llmkern.calibrate.data import Source
+from llmkern.prune import magnitude, wanda
+from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern
+from llmkern.prune._job import Job, Method
+from llmkern.prune._report import PruneReport
+
+METHODS: dict[str, Method] = {
+    "magnitude": magnitude.METHOD,
+    "wanda": wanda.METHOD,
+}
+
+
+def prune(
+    model: nn.Module,
+    method: str = "wanda",
+    *,
+    sparsity: float | None = None,
+    pattern: str | tuple[int, int] | Pattern | None = None,
+    ratio: float | None = None,
+    calibration: Source = None,
+    tokenizer: Any = None,
+    rules: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> PruneReport:
+    """Remove weights from the decoder blocks of `model`, in place.
+
+    Embeddings, norms and the head stay as they are. A method that needs to know the inputs of a layer
+    walks the blocks in order, each calibrated on the output of the pruned ones before it, and holds one
+    block's statistics and the hidden states of the calibration windows beyond the model itself.
+
+    Args:
+        model: a causal language model in float32, bfloat16 or float16.
+        method: one of `METHODS`.
+        sparsity: for single weights: the fraction of each layer's weights to set to zero, in [0, 1).
+        pattern: for single weights: n kept of every m along K, as "2:4" or (2, 4), 1 <= n < m <= 8.
+        ratio: for whole structures: the fraction of them to take out, in [0, 1).
+        calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`); None takes the text
+            that comes with llmkern.
+        tokenizer: needed where the calibration is text.
+        rules: glob over full layer names -> a sparsity or pattern for those layers, or None to leave
+            them as they are; the last that matches counts.
+        progress: show a progress bar with the layer, its loss and the time left.
+        options: those of the method (see its dataclass in `llmkern.prune`), and those of
+            `DataOptions`: samples, seq_len, seed, batch_size.
+
+    Returns:
+        The report: per layer its zeros, loss, damping and time; what was kept and why.
+
+    Raises:
+        ValueError: an unknown method or option, an amount that the method does not take or out of
+            range, a pattern that does not divide a layer's K, a rule that matches nothing, NaN or Inf
+            in a weight (the layer is named), bad calibration data or data that the method does not
+            need: all before the model is touched. NaN or Inf in a layer's calibration activations.
+        NotImplementedError: an encoder-decoder model.
+
+    Warns:
+        RuntimeWarning: a layer that had to be pruned by a simpler method because no token reached it or
+            its Hessian could not be factored; after an error in the middle, which layers were pruned.
+    """
+    start = time.perf_counter()
+    kinds = {name: kind.options for name, kind in METHODS.items()}
+    settings, data = sort_options(method, kinds, options)
+    kind = METHODS[method]
+    asked = {"sparsity": sparsity, "pattern": pattern, "ratio": ratio}
+    amount, described = _amount(method, kind, asked)
+    report = PruneReport(method, described, dataclasses.asdict(settings))
+    report.parameters_before = _parameters(model)
+    job = Job(model, settings, data, amount, dict(rules or {}), report, progress)
+    job.calibration, job.tokenizer = calibration, tokenizer
+    kind.run(job)
+    report.parameters_after = _parameters(model)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _amount(
+    method: str, kind: Method, asked: dict[str, Any]
+) -> tuple[Amount | None, dict[str, Any]]:
+    """The amount that was asked for, checked, and its entry in the report."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name, value in given.items():
+        if name not in kind.amounts:
+            raise ValueError(
+                f"{name}: got {value!r}, expected {' or '.join(kind.amounts)} for method {method!r}"
+            )
+    if len(given) > 1 or (kind.needs_amount and not given):
+        raise ValueError(
+            f"{', '.join(kind.amounts)}: got {'several' if given else 'none'} of them, expected one"
+        )
+    for name, value in given.items():
+        if name == "pattern":
+            wanted = parse_pattern(value)
+            return wanted, {name: str(wanted)}
+        fraction = check_fraction(value, name)
+        return fraction, {name: fraction}
+    return None, {}
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

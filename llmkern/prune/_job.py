@@ -1,0 +1,91 @@
+"""One call of `prune`, as its method sees it; and what a method is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmkern._drive import DataOptions
+from llmkern.calibrate import load_windows
+from llmkern.calibrate.data import Source
+from llmkern.prune._amount import Amount
+from llmkern.prune._report import PruneReport
+
+
+@dataclass
+class Job:
+    """What to do, and the report to fill.
+
+    Attributes:
+        model: changed in place.
+        options: of the method, an instance of its dataclass.
+        data: how calibration data is cut and fed.
+        amount: the sparsity, pattern or ratio asked for; None where the method does without.
+        rules: glob over layer names -> an amount of their own, or None to leave them as they are.
+        report: `layers`, `kept` and whatever else the method has to say.
+        progress: show a progress bar.
+        calibration, tokenizer: as given; see `windows`.
+    """
+
+    model: nn.Module
+    options: Any
+    data: DataOptions
+    amount: Amount | None
+    rules: Mapping[str, Any]
+    report: PruneReport
+    progress: bool = False
+    calibration: Source = None
+    tokenizer: Any = None
+    _windows: Tensor | None = field(default=None, repr=False)
+
+    def windows(self) -> Tensor:
+        """The calibration windows, int64 [n, seq_len]; the report then says that they were used."""
+        if self._windows is None:
+            self._windows = load_windows(
+                self.calibration,
+                self.model,
+                self.tokenizer,
+                seq_len=self.data.seq_len,
+                samples=self.data.samples,
+                seed=self.data.seed,
+            )
+            self.report.tokens = self._windows.numel()
+            self.report.window = self._windows.shape[1]
+        return self._windows
+
+    def refuse_calibration(self, why: str) -> None:
+        """For a method that needs no data: refuse data, instead of ignoring it.
+
+        Args:
+            why: it needs none, to be appended to the message.
+
+        Raises:
+            ValueError: there is calibration data or an option of it.
+        """
+        if self.calibration is not None:
+            raise ValueError(f"calibration: got data, expected none: {why}")
+        for name, value in vars(DataOptions()).items():
+            given = getattr(self.data, name)
+            if given != value:
+                raise ValueError(f"{name}: got {given}, expected no data options: {why}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune a model.
+
+    Attributes:
+        options: dataclass of its options, which checks them when it is made.
+        amounts: which of sparsity, pattern and ratio it takes; one of them must be given, unless
+            `needs_amount` says otherwise.
+        run: does the work: checks everything, then changes `job.model` and fills `job.report`.
+        needs_amount: an amount must be given; False where options can say it in another way.
+    """
+
+    options: type
+    amounts: tuple[str, ...]
+    run: Callable[[Job], None]
+    needs_amount: bool = True
