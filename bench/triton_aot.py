@@ -193,8 +193,11 @@ def _dequantize(N: int, K: int, group_size: int, dtype: torch.dtype) -> None:
     dequantize_int4.launch(*_weight(N, K, group_size), group_size, "canonical", out)
 
 
-def _hessian(K: int, dtype: torch.dtype, T: int = 8192) -> None:
-    hessian_update.launch(torch.empty(K, K), torch.empty(T, K, dtype=dtype), 0.1)
+def _hessian(K: int, dtype: torch.dtype, T: int = 8192, experts: int | None = None) -> None:
+    H, offsets = torch.empty(experts or 1, K, K), None
+    if experts:
+        offsets = torch.empty(experts + 1, dtype=torch.int64)
+    hessian_update.launch(H if experts else H[0], torch.empty(T, K, dtype=dtype), 0.1, offsets)
 
 
 def _obs(N: int, groups: int = 32, columns: int = 128) -> None:
@@ -229,6 +232,7 @@ CASES: dict[str, Callable[[], None]] = {
     "hessian": partial(_hessian, 4096, BF16),
     "hessian small": partial(_hessian, 1024, F16),
     "hessian float32": partial(_hessian, 4096, F32),
+    "hessian of experts": partial(_hessian, 2048, BF16, 8192, 64),
     "obs": partial(_obs, 4096),
     "obs, fewer rows": partial(_obs, 1536),
     "obs, few rows": partial(_obs, 256),

@@ -123,10 +123,11 @@ PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
       unlocked);
   m.def(
       "hessian_update",
-      [](uintptr_t H, uintptr_t x, int64_t T, int64_t K, double alpha, int dtype, int device,
-         uintptr_t stream) {
+      [](uintptr_t H, uintptr_t x, uintptr_t offsets, int64_t E, int64_t T, int64_t K, double alpha,
+         int dtype, int device, uintptr_t stream) {
         const DeviceGuard guard(device);
-        cuda::hessian_update({pointer<float>(H), pointer<void>(x), T, K, alpha, DType(dtype)},
+        cuda::hessian_update({pointer<float>(H), pointer<void>(x), T, K, alpha, DType(dtype), E,
+                              pointer<int64_t>(offsets)},
                              pointer<void>(stream));
       },
       unlocked);

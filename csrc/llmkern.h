@@ -74,13 +74,15 @@ struct DequantizeLut4Params {
   DType dtype;
 };
 
-// lower triangle of H[i, j] += alpha * sum_t x[t, i] * x[t, j]
+// lower triangle of H[e, i, j] += alpha * sum_t x[t, i] * x[t, j] over the rows t of expert e
 struct HessianUpdateParams {
-  float* H;       // [K, K]
-  const void* x;  // [T, K]
+  float* H;       // [E, K, K]
+  const void* x;  // [E, T, K]; with offsets [T, K]
   int64_t T, K;
   double alpha;
   DType dtype;
+  int64_t E = 1;                     // CPU: 1
+  const int64_t* offsets = nullptr;  // [E + 1]: expert e has rows offsets[e]..offsets[e + 1] - 1
 };
 
 // H, with its diagonal replaced, over the columns taken in `order`, as (U diag(d)) (U diag(d))ᵀ, U

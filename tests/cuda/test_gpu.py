@@ -190,6 +190,22 @@ def test_hessian_update(T, K, dtype, backend):
     assert torch.equal(H.triu(1), before.triu(1)), "the upper triangle was touched"
 
 
+@dtypes
+@pytest.mark.parametrize("E", [3, 48], ids=["small_tiles", "large_tiles"])
+def test_hessian_update_of_experts(E, dtype, backend):
+    x = torch.randn(E * 700, 264, device=DEVICE).to(dtype)
+    offsets = torch.arange(E + 1, device=DEVICE) * 700 - torch.arange(E + 1, device=DEVICE) ** 2
+    H = torch.zeros(E, 264, 264, device=DEVICE)
+    ops.hessian_update(H, x, 1 / 700, offsets)
+    want, like = H.double().zero_(), torch.zeros_like(H)
+    hessian_spec.hessian_update(want, x, 1 / 700, offsets)
+    hessian_spec.hessian_update(like, x, 1 / 700, offsets)
+    assert_matches(H, want, like)
+    again = torch.zeros_like(H)
+    ops.hessian_update(again, x, 1 / 700, offsets)
+    assert torch.equal(H, again), "two runs differ"
+
+
 # format, options
 OBS_CASES = {
     "dynamic": (QuantFormat(4, 64), {}),

@@ -79,6 +79,28 @@ def test_leading_dimensions_and_strides(backend):
     assert torch.equal(H, flat)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_have_the_bits_of_each_alone(backend, dtype):
+    x = torch.randn(3, 2, 35, 20).to(dtype)
+    H = torch.ones(3, 20, 20)
+    hessian_update(H, x, 0.5)
+    flat = torch.ones(3, 20, 20)
+    hessian_update(flat, x.view(-1, 20), 0.5, torch.tensor([0, 70, 140, 210]))
+    assert torch.equal(H, flat)
+    for part, rows in zip(H, x, strict=True):
+        alone = torch.ones(20, 20)
+        hessian_update(alone, rows, 0.5)
+        assert torch.equal(part, alone)
+
+
+def test_experts_of_any_number_of_rows(backend):
+    x, offsets = torch.randn(90, 7), torch.tensor([5, 5, 60, 61, 90])
+    H = torch.zeros(4, 7, 7)
+    hessian_update(H, x, 0.5, offsets)
+    for part, begin, end in zip(H, offsets[:-1], offsets[1:], strict=True):
+        torch.testing.assert_close(part, (x[begin:end].t() @ x[begin:end] / 2).tril())
+
+
 def test_no_rows_change_nothing(backend):
     H = torch.randn(4, 4)
     before = H.clone()
@@ -133,6 +155,8 @@ def test_any_shape(backend, T, K, dtype, seed):
 def test_opcheck(backend):
     args = (torch.zeros(9, 9), torch.randn(5, 9), 0.5)
     torch.library.opcheck(torch.ops.llmkern.hessian_update.default, args)
+    args = (torch.zeros(2, 9, 9), torch.randn(5, 9), 0.5, torch.tensor([0, 2, 5]))
+    torch.library.opcheck(torch.ops.llmkern.hessian_update.default, args)
 
 
 def test_compiles_without_graph_breaks(backend):
@@ -158,3 +182,23 @@ def test_compiles_without_graph_breaks(backend):
 def test_bad_arguments_are_named(H, x, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         hessian_update(H, x, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("H", "x", "offsets", "message"),
+    [
+        ((2, 4, 4), (3, 5, 4), None, r"H: got float32 \[2, 4, 4\].*\[3, 4, 4\]"),
+        ((2, 4, 4), (6,), None, r"x: got float32 .*\[E, T, K\]"),
+        ((2, 4, 4), (6, 4), [0, 3], r"offsets: got int64 \[2\].*\[E \+ 1\]"),
+        ((4, 4), (6, 4), [0, 6], r"offsets: got int64 \[2\].*H \[E, K, K\]"),
+        ((2, 4, 4), (6, 4), [0, 3, 7], r"offsets: got \[0, 3, 7\], .* 0 to 6"),
+        ((2, 4, 4), (6, 4), [-1, 3, 6], r"offsets: got \[-1, 3, 6\]"),
+        ((2, 4, 4), (6, 4), [0, 5, 4], r"offsets: got \[0, 5, 4\], expected them to ascend"),
+    ],
+    ids=["e_differs", "x_1d", "few_offsets", "one_h", "beyond_x", "negative", "descending"],
+)
+def test_bad_experts_are_named(H, x, offsets, message):
+    H, before = torch.zeros(H), torch.zeros(H)
+    with pytest.raises(ValueError, match=message):
+        hessian_update(H, torch.ones(x), 1.0, None if offsets is None else torch.tensor(offsets))
+    assert torch.equal(H, before)

@@ -60,6 +60,23 @@ def test_sums_of_many_rows_keep_their_low_bits() -> None:
     assert H.item() == 2**33 + 4096
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+def test_experts_are_as_each_alone(dtype: torch.dtype) -> None:
+    x = torch.randn(90, 70, device=DEVICE).to(dtype)
+    offsets = torch.tensor([1, 1, 66, 90], device=DEVICE)
+    H, batched = torch.zeros(3, 70, 70, device=DEVICE), torch.zeros(3, 70, 70, device=DEVICE)
+    with llmkern.use_backend("triton"):
+        hessian_update(H, x, 0.5, offsets)
+        hessian_update(batched, x.view(3, 30, 70), 0.5)
+        for part, rows in (
+            *zip(H, (x[1:1], x[1:66], x[66:]), strict=True),
+            *zip(batched, x.split(30), strict=True),
+        ):
+            alone = torch.zeros(70, 70, device=DEVICE)
+            hessian_update(alone, rows, 0.5)
+            assert torch.equal(part, alone)
+
+
 @triton.jit
 def lower_tiles_kernel(row_ptr, col_ptr, SIZE: tl.constexpr):
     number = tl.arange(0, SIZE)
