@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmkern.formats.int4 import pack_codes, pack_zeros
 from llmkern.formats.lut4 import NF4_CODEBOOK
+from llmkern.formats.sparse24 import NIBBLES
 
 
 def assert_matches(out: Tensor, spec: Tensor, like: Tensor, slack: float = 2.0) -> None:
@@ -103,13 +104,9 @@ CUDA_LAYOUT_CASES = {
 }
 
 
-# Metadata nibbles of 2:4 sparsity: the kept two of four columns, first in bits 1:0, second in 3:2.
-SPARSE24_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
-
-
 def random_sparse24_meta(N: int, K: int) -> Tensor:
     """Random metadata uint8 [N, K/8] of a 2:4 sparse weight, every pattern as likely as the others."""
-    nibbles = torch.tensor(SPARSE24_NIBBLES, dtype=torch.uint8)[torch.randint(0, 6, (N, K // 4))]
+    nibbles = torch.tensor(NIBBLES, dtype=torch.uint8)[torch.randint(0, 6, (N, K // 4))]
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4
 
 

@@ -4,12 +4,16 @@ from llmkern.ops._hessian_factor import HessianFactor, factorize_hessian
 from llmkern.ops._rounding import round_to_nearest
 from llmkern.ops.dequantize_int4 import dequantize_int4
 from llmkern.ops.dequantize_lut4 import dequantize_lut4
+from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.ops.hessian_update import hessian_update
 from llmkern.ops.lut4_gemm import lut4_gemm
 from llmkern.ops.obs_quantize import ObsResult, obs_quantize, quantize_grid
+from llmkern.ops.sparse24_gemm import sparse24_gemm
+from llmkern.ops.sparse24_w4a16_gemm import sparse24_w4a16_gemm
 from llmkern.ops.w4a16_gemm import w4a16_gemm
 
-# Ops whose row is complete: a kernel in every backend. dequantize_lut4 needs none on a GPU.
+# Ops whose row is complete: a kernel in every backend. dequantize_lut4 needs none on a GPU,
+# dequantize_sparse24 none at all.
 OPS = ("dequantize_int4", "hessian_update", "lut4_gemm", "obs_quantize", "w4a16_gemm")
 
 __all__ = [
@@ -18,11 +22,14 @@ __all__ = [
     "ObsResult",
     "dequantize_int4",
     "dequantize_lut4",
+    "dequantize_sparse24",
     "factorize_hessian",
     "hessian_update",
     "lut4_gemm",
     "obs_quantize",
     "quantize_grid",
     "round_to_nearest",
+    "sparse24_gemm",
+    "sparse24_w4a16_gemm",
     "w4a16_gemm",
 ]
