@@ -34,6 +34,8 @@ X86_ISAS = {
     "avx512bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c "
     "-mavx512vnni -mavx512vbmi -mavx512bf16",
 }
+# The same instructions, for CPUs where bfloat16 dot products run at full rate.
+X86_ISAS["zen4"] = X86_ISAS["avx512bf16"]
 X86_ISAS["amx"] = X86_ISAS["avx512bf16"] + " -mamx-tile -mamx-int8 -mamx-bf16"
 CPU_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall -Wextra"
 CUDA_ARCHES = "8.0;8.6;8.9;9.0a+PTX"

@@ -52,6 +52,10 @@ bool has_avx512bf16() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
+// AMD's have full-rate bfloat16 dot products: 1 per cycle on Zen 4, where an Intel Xeon (Sapphire
+// Rapids) without AMX ran them at an eighth of the rate of its byte dot products.
+bool has_fast_bf16() { return has_avx512bf16() && __builtin_cpu_is("amd"); }
+
 // Tiles exist, and the system lets this process use them: Linux wants to be asked first.
 bool has_amx() {
 #ifdef __linux__
@@ -71,6 +75,7 @@ bool has_amx() {
 const Kernels kKernels[] = {
 #ifdef LLMKERN_X86
     LLMKERN_KERNELS(amx, has_amx),
+    LLMKERN_KERNELS(zen4, has_fast_bf16),
     LLMKERN_KERNELS(avx512bf16, has_avx512bf16),
     LLMKERN_KERNELS(avx512,
                     [] {

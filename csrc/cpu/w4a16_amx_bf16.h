@@ -9,6 +9,7 @@
 #pragma once
 
 #include "amx.h"
+#include "w4a16_bf16_codes.h"
 #include "w4a16_block.h"
 
 #ifdef __AMX_BF16__
@@ -27,61 +28,14 @@ struct PackedRows {
   const uint16_t* at(int64_t row, int64_t k) const { return x + row * K + k * kTileRows; }
 };
 
-// Columns of a quad are taken in the order 0, 2, 1, 3: see `unpack`.
+// Columns of a quad are taken in the order of `column_order`.
 inline void pack_group(const W4A16GemmParams& p, int64_t m0, int64_t rows, uint16_t* out) {
-  alignas(64) uint16_t order[kStep];
-  for (int k = 0; k < kStep; ++k) order[k] = uint16_t((k & ~3) | (k & 1) << 1 | (k & 2) >> 1);
-  const __m512i permutation = _mm512_load_si512(order);
+  const __m512i permutation = column_order();
   for (int64_t r = 0; r < kTileRows; ++r) {
     const uint16_t* from = static_cast<const uint16_t*>(p.x) + (m0 + r) * p.x_stride;
     for (int64_t k = 0; k < p.w.K; k += kStep) {
       const __m512i x = r < rows ? _mm512_loadu_si512(from + k) : _mm512_setzero_si512();
       _mm512_store_si512(out + k * kTileRows + r * kStep, _mm512_permutexvar_epi16(permutation, x));
-    }
-  }
-}
-
-// A chunk's codes - zeros in bfloat16: [4][columns / 2][16][2].
-struct Bf16Codes {
-  alignas(64) uint16_t b[kBlock * kMaxChunk];
-};
-
-// bfloat16 of (i - zero) modulo 32, as -16 .. 15, or, for the low four bits of i alone, of i -
-// zero.
-inline __m512i code_table(bool four_bits, int zero) {
-  alignas(64) uint16_t table[32];
-  for (int i = 0; i < 32; ++i) {
-    const int value = four_bits ? i % 16 - zero : (i + 16) % 32 - 16;
-    table[i] = uint16_t(float_bits(float(value)) >> 16);
-  }
-  return _mm512_load_si512(table);
-}
-
-// A quad's dword holds columns 0 .. 3 in its bytes, of one row of w in the low nibbles and of the
-// row 16 further in the high ones. So its two 16-bit words, shifted by 0, 4, 8 or 12 bits, begin
-// with the codes of columns (0, 2) or (1, 3), and a word is looked up by its low five bits.
-template <bool SYMMETRIC>
-inline void unpack(const Tile& tile, int64_t columns, Bf16Codes& codes) {
-  const __m512i table = code_table(SYMMETRIC, 8), low = _mm512_set1_epi16(15);
-  const __m512i ones = _mm512_set1_epi32(0x00010001);
-  const int64_t pairs = columns / 2;
-  for (int half = 0; half < 2; ++half) {
-    const int32_t* zeros = tile.zeros + 32 * half;
-    const __m512i zero0 = _mm512_mullo_epi32(_mm512_load_si512(zeros), ones);
-    const __m512i zero1 = _mm512_mullo_epi32(_mm512_load_si512(zeros + 16), ones);
-    const auto put = [=](uint16_t* to, __m512i words, __m512i zero) {
-      if (!SYMMETRIC) words = _mm512_sub_epi16(_mm512_and_si512(words, low), zero);
-      _mm512_store_si512(to, _mm512_permutexvar_epi16(words, table));
-    };
-    const uint8_t* from = tile.qweight + half * 64;
-    uint16_t* to = codes.b + half * pairs * 64;
-    for (int64_t q = 0; q < columns / 4; ++q, from += kQuadBytes, to += 64) {
-      __builtin_prefetch(from + 4096, 0, 2);  // into L2: see int4_dot.h
-      const __m512i packed = _mm512_loadu_si512(from);
-      put(to, packed, zero0);
-      put(to + 32, _mm512_srli_epi16(packed, 8), zero0);
-      put(to + pairs * 32, _mm512_srli_epi16(packed, 4), zero1);
-      put(to + pairs * 32 + 32, _mm512_srli_epi16(packed, 12), zero1);
     }
   }
 }
@@ -161,10 +115,7 @@ inline void multiply_block(const W4A16GemmParams& p, const PackedRows& x, int64_
   for (int64_t c = 0; c * columns < x.K; ++c) {
     Tile& tile = tiles[c % 2];
     load_tile(p.w, n0, c * columns, columns, tile);
-    if (p.w.zeros)
-      unpack<false>(tile, columns, codes);
-    else
-      unpack<true>(tile, columns, codes);
+    unpack(tile, columns, !p.w.zeros, codes);
     for (int64_t row = first; row < last; row += 2 * kTileRows) {
       const uint16_t* a = x.at(row, c * columns);
       const bool pair = last - row > kTileRows;

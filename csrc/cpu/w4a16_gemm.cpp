@@ -7,8 +7,8 @@
 // a float32 accumulator would keep). Inside a chunk the sums are exact; a chunk's sum enters the
 // float32 accumulator once, times scale, in ascending k. So a row's result depends on nothing but
 // that row and the weight: not on M, on its neighbours, on the number of threads or on the
-// instruction set. The exception is bfloat16 x on AMX from kBf16Rows rows on (w4a16_amx_bf16.h): as
-// exact in the products, it sums in float32.
+// instruction set. The exceptions, as exact in the products, sum in float32: bfloat16 x on AMX from
+// kBf16Rows rows on (w4a16_amx_bf16.h), and by fast bfloat16 dot products (w4a16_bf16.h).
 //
 // A row's chunk with a NaN or an Inf makes the row's outputs NaN.
 #include "digits.h"
@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "w4a16_amx_bf16.h"
 #include "w4a16_amx_int8.h"
+#include "w4a16_bf16.h"
 #include "w4a16_block.h"
 
 namespace llmkern::LLMKERN_ISA {
@@ -175,6 +176,8 @@ void run(const W4A16GemmParams& p) {
 #ifdef __AMX_INT8__
   if (D > 1 && p.dtype == DType::kBFloat16 && p.M >= kBf16Rows) return multiply_amx_bf16(p);
   if (p.M > 1) return multiply_amx<D>(p);
+#elif defined(LLMKERN_ISA_ZEN4)
+  if (D > 1 && p.dtype == DType::kBFloat16) return multiply_bf16(p);
 #endif
   multiply<D>(p);
 }

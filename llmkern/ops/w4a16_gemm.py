@@ -322,9 +322,9 @@ def w4a16_gemm(
     from M = 1024 on, and for float32 x, the weight is dequantized to x's dtype for cuBLAS.
 
     On the CPU kernels a row of y depends on nothing but its row of x and the weight: not on M, the
-    number of threads or the instruction set; except that with AMX, five or more rows of bfloat16 x
-    are summed in float32, and then a row of y is the same for every such M. A NaN or Inf in a row of x
-    stays in that row of y.
+    number of threads or the instruction set; except that bfloat16 x is summed in float32 with AMX, from
+    five rows on (a row of y is the same for every such M), and by the bfloat16 dot products of AMD's CPUs
+    (zen4: the same for every M). A NaN or Inf in a row of x stays in that row of y.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], any leading shape; K a multiple of 32.
