@@ -122,6 +122,31 @@ PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
       },
       unlocked);
   m.def(
+      "sparse24_gemm",
+      [](uintptr_t x, uintptr_t values, uintptr_t bias, uintptr_t out, int64_t M, int64_t N,
+         int64_t K, int64_t x_stride, int dtype, int rows, int split, bool bulk,
+         uintptr_t workspace, int device, uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::sparse24_gemm({pointer<void>(x), pointer<void>(values), pointer<void>(bias),
+                             pointer<void>(out), M, N, K, x_stride},
+                            DType(dtype), {rows, split, bulk, pointer<float>(workspace)},
+                            pointer<void>(stream));
+      },
+      unlocked);
+  m.def(
+      "sparse24_w4a16_gemm",
+      [](uintptr_t x, uintptr_t qvalues, uintptr_t bias, uintptr_t out, int64_t M, int64_t N,
+         int64_t K, int64_t x_stride, int dtype, int64_t group_size, int scales_dtype, bool zeros,
+         int rows, int split, bool bulk, uintptr_t workspace, int device, uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::sparse24_w4a16_gemm({pointer<void>(x), pointer<void>(qvalues), pointer<void>(bias),
+                                   pointer<void>(out), M, N, K, x_stride},
+                                  DType(dtype), {group_size, DType(scales_dtype), zeros},
+                                  {rows, split, bulk, pointer<float>(workspace)},
+                                  pointer<void>(stream));
+      },
+      unlocked);
+  m.def(
       "hessian_update",
       [](uintptr_t H, uintptr_t x, uintptr_t offsets, int64_t E, int64_t T, int64_t K, double alpha,
          int dtype, int device, uintptr_t stream) {

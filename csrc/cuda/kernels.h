@@ -6,9 +6,26 @@
 
 namespace llmkern::cuda {
 
-// How a weight in a CUDA layout is multiplied; chosen by llmkern/ops/_w4a16_config.py.
+// A product with a weight in one of the CUDA layouts, whose chunks hold all that decoding them
+// takes.
+struct ChunkGemmParams {
+  const void* x;       // [M, K], row stride x_stride; both in 16-byte pieces
+  const void* chunks;  // [ceil(N / 64), ceil(K / 128), bytes], 16-byte aligned
+  const void* bias;    // [N] in x's type, or null
+  void* out;           // [M, N]
+  int64_t M, N, K, x_stride;
+};
+
+// What chunks of codes hold beside them.
+struct ChunkGrids {
+  int64_t group_size;
+  DType scales_dtype;
+  bool zeros;
+};
+
+// How such a weight is multiplied; chosen by llmkern/ops/_w4a16_config.py and _sparse24_config.py.
 struct ChunkConfig {
-  int rows;          // of x per CTA: 8, 16, 32 or 64
+  int rows;          // of x per CTA: 8, 16, 32 or 64; 2:4 sparse weights also 128
   int split;         // slices of K
   bool bulk;         // bulk copies, clusters and programmatic launch: sm_90 and newer
   float* workspace;  // [split, M, N]; null if split is 1 or bulk
@@ -18,6 +35,10 @@ void w4a16_gemm(const W4A16GemmParams& p, const ChunkConfig& config, void* strea
 void dequantize_int4(const DequantizeInt4Params& p, void* stream);
 // Above M = 8, 16-bit x and its row stride are in 16-byte pieces; only the canonical layout.
 void lut4_gemm(const Lut4GemmParams& p, void* stream);
+// Weights in the CUDA layout, x in 16 bits (dtype).
+void sparse24_gemm(const ChunkGemmParams& p, DType dtype, const ChunkConfig& config, void* stream);
+void sparse24_w4a16_gemm(const ChunkGemmParams& p, DType dtype, const ChunkGrids& grids,
+                         const ChunkConfig& config, void* stream);
 void hessian_update(const HessianUpdateParams& p, void* stream);
 void obs_quantize_block(const ObsBlockParams& p, void* stream);
 

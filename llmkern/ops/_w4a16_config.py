@@ -53,6 +53,11 @@ def select_config(M: int, N: int, K: int, group_size: int, sm: int) -> Config:
         return Config("dense")
     if M > MAX_DECODE_ROWS:
         return Config("tile", 64, 1, bulk)
+    return decode_config(M, N, K, bulk)
+
+
+def decode_config(M: int, N: int, K: int, bulk: bool) -> Config:
+    """The tile of up to `MAX_DECODE_ROWS` rows of x, with K split where N alone makes few CTAs."""
     tiles, chunks = -(-N // CHUNK_ROWS), -(-K // CHUNK_COLUMNS)
     split = 1
     while (

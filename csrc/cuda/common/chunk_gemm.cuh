@@ -35,14 +35,6 @@ constexpr int kTensorThreads = 128;
 constexpr int kRowStride = kChunkColumns + 8;  // elements; odd in 16 bytes: no bank conflicts
 constexpr int kOutStride = kChunkRows + 4;
 
-struct ChunkGemmParams {
-  const void* x;       // [M, K], row stride x_stride; both in 16-byte pieces
-  const void* chunks;  // [ceil(N / 64), ceil(K / 128), bytes], 16-byte aligned
-  const void* bias;    // [N] in x's type, or null
-  void* out;           // [M, N]
-  int64_t M, N, K, x_stride;
-};
-
 // acc += scale * sum for the rows g (low) and g + 8 (high) of a warp's strip; sum is cleared.
 template <int NT>
 __device__ __forceinline__ void add_scaled(float low, float high, float (&sum)[NT][4],
