@@ -145,9 +145,11 @@ def _gemm(
     group_size: int,
     dtype: torch.dtype,
     config: configs.Config | None = None,
+    symmetric: bool = False,
 ) -> None:
     x, bias = torch.empty(M, K, dtype=dtype), torch.empty(N, dtype=dtype)
-    weight = _weight(N, K, group_size)
+    qweight, scales, zeros = _weight(N, K, group_size)
+    weight = (qweight, scales, None if symmetric else zeros)
     out = torch.empty(M, N, dtype=dtype)
     w4a16_gemm.launch(x, *weight, bias, group_size, "canonical", out, config)
 
@@ -160,9 +162,11 @@ def _lut4(
     dtype: torch.dtype,
     config: configs.Config | None = None,
     books: tuple[int, ...] = (),
+    scaled: bool = True,
 ) -> None:
     x, bias = torch.empty(M, K, dtype=dtype), torch.empty(N, dtype=dtype)
-    qweight, scales, _ = _weight(N, K, group_size)
+    qweight, weight_scales, _ = _weight(N, K, group_size)
+    scales = weight_scales if scaled else None
     book = torch.empty(*books, 16)
     out = torch.empty(M, N, dtype=dtype)
     lut4_gemm.launch(x, qweight, book, scales, bias, group_size, "canonical", out, config)
@@ -188,9 +192,13 @@ def _table_cases() -> dict[str, Callable[[], None]]:
     return cases
 
 
-def _dequantize(N: int, K: int, group_size: int, dtype: torch.dtype) -> None:
+def _dequantize(
+    N: int, K: int, group_size: int, dtype: torch.dtype, symmetric: bool = False
+) -> None:
     out = torch.empty(N, K, dtype=dtype)
-    dequantize_int4.launch(*_weight(N, K, group_size), group_size, "canonical", out)
+    qweight, scales, zeros = _weight(N, K, group_size)
+    weight = (qweight, scales, None if symmetric else zeros)
+    dequantize_int4.launch(*weight, group_size, "canonical", out)
 
 
 def _hessian(K: int, dtype: torch.dtype, T: int = 8192, experts: int | None = None) -> None:
@@ -226,6 +234,20 @@ CASES: dict[str, Callable[[], None]] = {
         for M in (1, 2, 4, 16, 128)
         for books, shape in (("row", (4096,)), ("group", (4096, 64)))
     },
+    # What may be absent is an argument of another type: None.
+    **{
+        f"w4a16_gemm bfloat16 symmetric M={M}": partial(
+            _gemm, M, 4096, 4096, 128, BF16, symmetric=True
+        )
+        for M in (1, 16, 128)
+    },
+    **{
+        f"lut4_gemm bfloat16 unscaled M={M}": partial(
+            _lut4, M, 4096, 4096, 128, BF16, books=(4096,), scaled=False
+        )
+        for M in (1, 16, 128)
+    },
+    "dequantize symmetric": partial(_dequantize, 4096, 4096, 128, BF16, symmetric=True),
     "dequantize g128": partial(_dequantize, 4096, 4096, 128, BF16),
     "dequantize g64": partial(_dequantize, 4096, 4096, 64, F16),
     "dequantize g32": partial(_dequantize, 4096, 4096, 32, F32),

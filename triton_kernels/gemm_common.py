@@ -61,7 +61,8 @@ def load_scales(scales_ptr, rows, groups, num_groups, mask):
     """Scales of `rows` in `groups` as float32; 1 where scales_ptr is None."""
     if scales_ptr is None:
         return tl.full(mask.shape, 1.0, tl.float32)
-    return tl.load(scales_ptr + rows * num_groups + groups, mask=mask, other=0.0).to(tl.float32)
+    else:  # without it, the compiler would go on to what follows a return
+        return tl.load(scales_ptr + rows * num_groups + groups, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

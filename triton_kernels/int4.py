@@ -59,8 +59,9 @@ def load_zeros(zeros_ptr, rows, groups, NUM_GROUPS, mask):
     """Zero points of `rows` in `groups` as float32; 8, the symmetric one, where zeros_ptr is None."""
     if zeros_ptr is None:
         return tl.full(mask.shape, 8.0, tl.float32)
-    words = tl.load(zeros_ptr + (rows // 8) * NUM_GROUPS + groups, mask=mask, other=0)
-    return ((words >> ((rows % 8) * 4).to(tl.int32)) & 0xF).to(tl.float32)
+    else:  # without it, the compiler would go on to what follows a return
+        words = tl.load(zeros_ptr + (rows // 8) * NUM_GROUPS + groups, mask=mask, other=0)
+        return ((words >> ((rows % 8) * 4).to(tl.int32)) & 0xF).to(tl.float32)
 
 
 @triton.jit
