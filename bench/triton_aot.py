@@ -33,6 +33,7 @@ from llmkern.triton_kernels import (
     configs,
     dequantize_int4,
     hessian_update,
+    kd_loss,
     lut4_gemm,
     obs_quantize,
     w4a16_gemm,
@@ -226,6 +227,14 @@ def _obs(N: int, groups: int = 32, columns: int = 128) -> None:
     )
 
 
+def _kd(V: int, divergence: str, dtype: torch.dtype, alpha: float = 0.5) -> None:
+    logits, labels = torch.empty(8, V, dtype=dtype), torch.empty(8, dtype=torch.int64)
+    teacher = logits if alpha else None
+    counts = torch.empty(8, dtype=torch.bool)
+    rest = (alpha, 2.0, divergence, 0.5, torch.empty(2, 8))
+    kd_loss.launch(logits, teacher, None if alpha == 1 else labels, counts, *rest)
+
+
 # Every tile that the table and the select_config functions have, in shapes of Llama-3-8B's layers.
 CASES: dict[str, Callable[[], None]] = {
     **_table_cases(),
@@ -258,6 +267,13 @@ CASES: dict[str, Callable[[], None]] = {
     "obs": partial(_obs, 4096),
     "obs, fewer rows": partial(_obs, 1536),
     "obs, few rows": partial(_obs, 256),
+    **{
+        f"kd_loss {divergence} alpha={alpha}": partial(_kd, 128256, divergence, BF16, alpha)
+        for divergence in kd_loss.DIVERGENCES
+        for alpha in (0.0, 0.5, 1.0)
+    },
+    "kd_loss float32": partial(_kd, 32000, "jsd", F32),
+    "kd_loss of a small vocabulary": partial(_kd, 33, "jsd", F16),
     # Triton turns arguments of value 1 into constants, which have no methods.
     "lut4_gemm bfloat16, one output": partial(_lut4, 1, 1, 32, 32, BF16),
     "lut4_gemm bfloat16, one row of w": partial(_lut4, 5, 1, 32, 32, BF16),
