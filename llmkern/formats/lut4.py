@@ -37,6 +37,9 @@ NF4_CODEBOOK = torch.tensor([
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_CODEBOOK = torch.tensor([*_FP4_TWELFTHS, *(0.0 - v for v in _FP4_TWELFTHS)]) / 12
 # fmt: on
+# e2m1, the 4-bit float of the OCP formats: sign, 2 bits of exponent, 1 of mantissa.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_CODEBOOK = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
 
 CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4_CODEBOOK}
 # Those of bitsandbytes, whose files hold these formats.
@@ -60,6 +63,50 @@ class LutFormat:
             raise ValueError(f"codebook: got {self.codebook!r}, expected one of {tuple(CODEBOOKS)}")
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size: got {self.block_size}, expected one of {BLOCK_SIZES}")
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookFormat:
+    """How a weight [N, K] is quantized to the entries of a book, in groups inside its rows.
+
+    Attributes:
+        codebook: float32 [16] for the whole weight, [N, 16] for each row or [N, groups, 16] for each
+            group, in any order.
+        group_size: K-elements per scale, or None for one scale per row.
+        scaled: whether groups have a scale, absmax over the book's own; otherwise the book holds the
+            weights' own values.
+    """
+
+    codebook: Tensor
+    group_size: int | None = 64
+    scaled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.codebook.dtype != torch.float32 or self.codebook.shape[-1:] != (16,):
+            raise ValueError(
+                f"codebook: got {str(self.codebook.dtype).removeprefix('torch.')} "
+                f"{list(self.codebook.shape)}, expected float32 [.., 16]"
+            )
+        if not bool(torch.isfinite(self.codebook).all()):
+            raise ValueError("codebook: got NaN or Inf, expected finite entries")
+        if self.scaled and not bool((self.codebook != 0).any(-1).all()):
+            raise ValueError("codebook: got a book of zeros, which no scale can fit")
+        if self.group_size is not None and self.group_size <= 0:
+            raise ValueError(
+                f"group_size: got {self.group_size}, expected a positive number, or None for one "
+                "scale per row"
+            )
+
+    def groups(self, K: int) -> int:
+        """K-elements per scale for a weight with K columns.
+
+        Raises:
+            ValueError: the group size does not divide K.
+        """
+        size = self.group_size or K
+        if K % size:
+            raise ValueError(f"group_size: got {size}, expected a divisor of K = {K}")
+        return size
 
 
 def codebook_name(codebook: Tensor) -> str | None:

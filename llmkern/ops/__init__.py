@@ -8,6 +8,8 @@ from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.ops.hessian_update import hessian_update
 from llmkern.ops.kd_loss import KdLoss, kd_loss
 from llmkern.ops.lut4_gemm import lut4_gemm
+from llmkern.ops.obs_prune import PruneResult, obs_prune
+from llmkern.ops.obs_prune_columns import ColumnPruneResult, obs_prune_columns
 from llmkern.ops.obs_quantize import ObsResult, obs_quantize, quantize_grid
 from llmkern.ops.sparse24_gemm import sparse24_gemm
 from llmkern.ops.sparse24_w4a16_gemm import sparse24_w4a16_gemm
@@ -19,9 +21,11 @@ OPS = ("dequantize_int4", "hessian_update", "lut4_gemm", "obs_quantize", "w4a16_
 
 __all__ = [
     "OPS",
+    "ColumnPruneResult",
     "HessianFactor",
     "KdLoss",
     "ObsResult",
+    "PruneResult",
     "dequantize_int4",
     "dequantize_lut4",
     "dequantize_sparse24",
@@ -29,6 +33,8 @@ __all__ = [
     "hessian_update",
     "kd_loss",
     "lut4_gemm",
+    "obs_prune",
+    "obs_prune_columns",
     "obs_quantize",
     "quantize_grid",
     "round_to_nearest",

@@ -45,27 +45,30 @@ class HessianFactor:
     factored: bool
 
 
-def factorize_hessian(H: Tensor, *, damp: float = 0.01, act_order: bool = False) -> HessianFactor:
+def factorize_hessian(
+    H: Tensor, *, damp: float = 0.01, act_order: bool = False, unit: int = 1
+) -> HessianFactor:
     """Factor H + damp * mean(diag H) * I.
 
     Args:
         H: float32 or float64 [K, K]; the lower triangle is read (as `hessian_update` leaves it).
         damp: fraction of the mean of the diagonal that is added to it, in [0, 1).
         act_order: take the columns in descending order of the diagonal (GPTQ's act-order).
+        unit: with act_order, take whole runs of `unit` neighbouring columns, by their sum.
 
     Returns:
         The factor; its `factored` says whether H could be factored at all.
 
     Raises:
-        ValueError: H is not a square float matrix, holds NaN or Inf, has a negative diagonal entry, or
-            damp is out of range.
+        ValueError: H is not a square float matrix, holds NaN or Inf, has a negative diagonal entry,
+            damp is out of range, or unit does not divide K.
     """
-    _check(H, damp)
+    _check(H, damp, unit)
     dead = H.diagonal() == 0
     mean = float(H.diagonal().mean())
     scale = mean if mean > 0 else 1.0
     diagonal = torch.where(dead, torch.full_like(H.diagonal(), scale), H.diagonal())
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    order = _order(diagonal, unit) if act_order else None
     for dtype, extra, floor in _ladder(damp):
         damped = (diagonal + extra * scale).clamp(min=floor * scale)
         factor = _factor(H, damped, order, dtype)
@@ -79,13 +82,21 @@ def factorize_hessian(H: Tensor, *, damp: float = 0.01, act_order: bool = False)
     return HessianFactor(eye, d, order, dead, damp, factored=False)
 
 
-def _check(H: Tensor, damp: float) -> None:
+def _order(diagonal: Tensor, unit: int) -> Tensor:
+    """Columns in runs of `unit`, the runs in descending order of their sum."""
+    runs = torch.argsort(diagonal.view(-1, unit).sum(1), descending=True, stable=True)
+    return (runs[:, None] * unit + torch.arange(unit, device=runs.device)).view(-1)
+
+
+def _check(H: Tensor, damp: float, unit: int) -> None:
     if H.dim() != 2 or H.shape[0] != H.shape[1] or H.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"H: got {H.dtype} {list(H.shape)}, expected a square float32 or float64 matrix"
         )
     if not 0 <= damp < 1:
         raise ValueError(f"damp: got {damp}, expected a fraction in [0, 1)")
+    if unit < 1 or len(H) % unit:
+        raise ValueError(f"unit: got {unit}, expected a divisor of K = {len(H)}")
     if not bool(torch.isfinite(H.diagonal()).all()):
         raise ValueError(_NOT_FINITE)
     if bool((H.diagonal() < 0).any()):

@@ -14,16 +14,32 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.formats.int4 import BITS, QuantFormat
-from llmkern.ops._hessian_factor import HessianFactor, factorize_hessian
-from llmkern.ops._library import DTYPE_CODES, FLOATS, expect, pointer, register
+from llmkern.formats.int4 import QuantFormat
+from llmkern.ops._hessian_factor import HessianFactor
+from llmkern.ops._library import DTYPE_CODES, pointer, register
 from llmkern.ops._obs_blocks import run_blocks
+from llmkern.ops._obs_grid import (
+    Format,
+    GridOptions,
+    check_grid,
+    check_groups,
+    check_loop,
+    grid_options,
+)
+from llmkern.ops._obs_problem import (
+    Hessian,
+    Problem,
+    check_mask,
+    check_weight,
+    outcome,
+    problems,
+)
 from llmkern.reference import obs_quantize as _reference
 
 SCHEMA = (
-    "obs_quantize(Tensor w, Tensor U, Tensor d, Tensor g_idx, Tensor? scales, Tensor? zeros, int bits, "
-    "int group_size, bool symmetric, bool clip_search, ScalarType scale_dtype) "
-    "-> (Tensor codes, Tensor scales, Tensor zeros, Tensor w_hat, Tensor loss)"
+    "obs_quantize(Tensor w, Tensor U, Tensor d, Tensor? mask, Tensor g_idx, Tensor? codebook, "
+    "Tensor? scales, Tensor? zeros, int bits, int group_size, bool symmetric, bool clip_search, "
+    "ScalarType scale_dtype) -> (Tensor codes, Tensor scales, Tensor zeros, Tensor w_hat, Tensor loss)"
 )
 
 _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -31,17 +47,18 @@ _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ObsResult:
-    """A quantized weight.
+    """A quantized weight, or a batch of them: every tensor then has a first axis more.
 
     Attributes:
-        codes: uint8 [N, K], columns in their original order.
-        scales: [N, groups] in the scale dtype that was asked for.
-        zeros: uint8 [N, groups], or None when symmetric.
-        w_hat: float32 [N, K], scales * (codes - zeros).
+        codes: uint8 [N, K], columns in their original order; of a book, places in it.
+        scales: [N, groups] in the scale dtype that was asked for; ones for a book without scales.
+        zeros: uint8 [N, groups], or None when symmetric or of a book.
+        w_hat: float32 [N, K], scales * (codes - zeros), or scales * codebook[codes].
         loss: float32 [N], each row's (w - w_hat) H (w - w_hat)ᵀ, H damped as below.
-        damp: fraction of the mean diagonal that was added to H.
-        factored: False if H could not be factored at any damping: the codes are then rounded to
-            nearest. Callers must report it.
+        damp: fraction of the mean diagonal that was added to H; the largest of a batch.
+        factored: False if H, or one of a batch, could not be factored at any damping: its codes are
+            then rounded to nearest. Callers must report it.
+        unfactored: which of the batch those are.
     """
 
     codes: Tensor
@@ -51,13 +68,16 @@ class ObsResult:
     loss: Tensor
     damp: float
     factored: bool
+    unfactored: tuple[int, ...] = ()
 
 
 def _launch_reference(
     w: Tensor,
     U: Tensor,
     d: Tensor,
+    mask: Tensor | None,
     g_idx: Tensor,
+    codebook: Tensor | None,
     dynamic: bool,
     bits: int,
     group_size: int,
@@ -71,16 +91,36 @@ def _launch_reference(
     loss: Tensor,
 ) -> None:
     grid = (bits, group_size, symmetric, dynamic, clip_search, scale_dtype)
-    for out, value in zip(
-        (codes, w_hat, loss),
-        _reference.obs_quantize(w, U, d, g_idx, scales, zeros, *grid),
-        strict=True,
-    ):
-        out.copy_(value)
+    for e in range(len(w)):
+        keep = None if mask is None else mask[e]
+        book = None if codebook is None else codebook[e if len(codebook) > 1 else 0]
+        for out, value in zip(
+            (codes, w_hat, loss),
+            _reference.obs_quantize(
+                w[e], U[e], d[e], g_idx[e], scales[e], zeros[e], *grid, keep, book
+            ),
+            strict=True,
+        ):
+            out[e].copy_(value)
 
 
-def _refuse_cuda(w: Tensor, *args: object) -> str | None:
-    return _backends.refuse_cuda(w.device)
+def _refuse_policies(mask: Tensor | None, codebook: Tensor | None) -> str | None:
+    """Why a kernel without masks and books cannot serve these."""
+    if mask is not None:
+        return "its kernel takes no mask"
+    return None if codebook is None else "its kernel takes no codebook"
+
+
+def _refuse_cuda(
+    w: Tensor,
+    U: Tensor,
+    d: Tensor,
+    mask: Tensor | None,
+    g_idx: Tensor,
+    codebook: Tensor | None,
+    *args: object,
+) -> str | None:
+    return _backends.refuse_cuda(w.device) or _refuse_policies(mask, codebook)
 
 
 def _launch_cuda_block(
@@ -112,29 +152,63 @@ def _launch_cuda_block(
     )
 
 
+def _each_expert(
+    launch_block: Any,
+    w: Tensor,
+    U: Tensor,
+    d: Tensor,
+    mask: None,
+    g_idx: Tensor,
+    codebook: None,
+    *rest: Any,
+) -> None:
+    """`run_blocks` on one matrix of the batch after another."""
+    options, outputs = rest[:6], rest[6:]
+    for e in range(len(w)):
+        run_blocks(launch_block, w[e], U[e], d[e], g_idx[e], *options, *(t[e] for t in outputs))
+
+
 def _launch_cuda(*args: Any) -> None:
-    run_blocks(_launch_cuda_block, *args)
+    _each_expert(_launch_cuda_block, *args)
 
 
-def _refuse_triton(w: Tensor, *args: Any) -> str | None:
-    return _backends.refuse_triton(w.device)
+def _refuse_triton(
+    w: Tensor,
+    U: Tensor,
+    d: Tensor,
+    mask: Tensor | None,
+    g_idx: Tensor,
+    codebook: Tensor | None,
+    *args: object,
+) -> str | None:
+    return _backends.refuse_triton(w.device) or _refuse_policies(mask, codebook)
 
 
 def _launch_triton(*args: Any) -> None:
     from llmkern.triton_kernels.obs_quantize import launch_block
 
-    run_blocks(launch_block, *args)
+    _each_expert(launch_block, *args)
 
 
-def _refuse_cpu(w: Tensor, *args: object) -> str | None:
-    return _backends.refuse_cpu(w.device.type)
+def _refuse_cpu(
+    w: Tensor,
+    U: Tensor,
+    d: Tensor,
+    mask: Tensor | None,
+    g_idx: Tensor,
+    codebook: Tensor | None,
+    *args: object,
+) -> str | None:
+    return _backends.refuse_cpu(w.device.type) or _refuse_policies(mask, codebook)
 
 
 def _launch_cpu(
     w: Tensor,
     U: Tensor,
     d: Tensor,
+    mask: Tensor | None,
     g_idx: Tensor,
+    codebook: Tensor | None,
     dynamic: bool,
     bits: int,
     group_size: int,
@@ -145,9 +219,10 @@ def _launch_cpu(
 ) -> None:
     module, _ = _backends.compiled_module("_cpu")
     assert module is not None
-    addresses = [pointer(t) for t in (w, U, d, g_idx, *outputs)]
     grid = (bits, dynamic, symmetric, clip_search, DTYPE_CODES[scale_dtype])
-    module.obs_quantize(*addresses, *w.shape, group_size, *grid)
+    for e in range(len(w)):
+        addresses = [pointer(t[e]) for t in (w, U, d, g_idx, *outputs)]
+        module.obs_quantize(*addresses, *w.shape[1:], group_size, *grid)
 
 
 BACKENDS = (
@@ -158,76 +233,13 @@ BACKENDS = (
 )
 
 
-def _check(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    g_idx: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    scale_dtype: torch.dtype,
-) -> None:
-    op = "obs_quantize"
-    expect(
-        w.dim() == 2 and w.dtype == torch.float32 and w.is_contiguous(),
-        op,
-        "w",
-        w,
-        "a contiguous float32 [N, K]",
-    )
-    N, K = w.shape
-    if group_size <= 0 or K % group_size:
-        raise ValueError(f"{op}: group_size: got {group_size}, expected a divisor of K = {K}")
-    shapes: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
-        ("U", U, (K, K), torch.float32),
-        ("d", d, (K,), torch.float32),
-        ("g_idx", g_idx, (K,), torch.int32),
-    ]
-    for name, tensor in (("scales", scales), ("zeros", zeros)):
-        if tensor is not None:
-            shapes.append((name, tensor, (N, K // group_size), torch.float32))
-    for name, tensor, shape, dtype in shapes:
-        expect(
-            tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous(),
-            op,
-            name,
-            tensor,
-            f"a contiguous {str(dtype).removeprefix('torch.')} {list(shape)}",
-        )
-        expect(tensor.device == w.device, op, name, tensor, f"the device of w, {w.device}")
-    if (scales is None) != (zeros is None):
-        raise ValueError(f"{op}: scales and zeros: got only one of them, expected both or neither")
-    if bits not in BITS:
-        raise ValueError(f"{op}: bits: got {bits}, expected one of {BITS}")
-    if scale_dtype not in FLOATS:
-        raise ValueError(f"{op}: scale_dtype: got {scale_dtype}, expected one of {FLOATS}")
-
-
-def _check_groups(g_idx: Tensor, group_size: int, dynamic: bool) -> None:
-    """What g_idx holds; on the CPU only, because looking at a GPU tensor would stall its queue."""
-    if g_idx.device.type != "cpu" or not len(g_idx):
-        return
-    low, high = (int(value) for value in g_idx.aminmax())
-    groups = len(g_idx) // group_size
-    if low < 0 or high >= groups:
-        raise ValueError(
-            f"obs_quantize: g_idx: got groups {low} to {high}, expected 0 to {groups - 1}"
-        )
-    if dynamic and not torch.equal(
-        g_idx, torch.arange(len(g_idx), dtype=torch.int32) // group_size
-    ):
-        raise ValueError(
-            "obs_quantize: g_idx: got columns out of order, expected k // group_size for dynamic scales"
-        )
-
-
 def _fake(
     w: Tensor,
     U: Tensor,
     d: Tensor,
+    mask: Tensor | None,
     g_idx: Tensor,
+    codebook: Tensor | None,
     scales: Tensor | None,
     zeros: Tensor | None,
     bits: int,
@@ -236,37 +248,35 @@ def _fake(
     clip_search: bool,
     scale_dtype: torch.dtype,
 ) -> _Five:
-    _check(w, U, d, g_idx, scales, zeros, bits, group_size, scale_dtype)
-    N, K = w.shape
-    grid = w.new_empty(N, K // group_size)
-    codes = w.new_empty(N, K, dtype=torch.uint8)
-    return codes, grid, torch.empty_like(grid), torch.empty_like(w), w.new_empty(N)
+    check_loop("obs_quantize", w, U, d, mask)
+    check_grid("obs_quantize", w, g_idx, codebook, scales, zeros, bits, group_size, scale_dtype)
+    E, N, K = w.shape
+    grid = w.new_empty(E, N, K // group_size)
+    codes = w.new_empty(E, N, K, dtype=torch.uint8)
+    return codes, grid, torch.empty_like(grid), torch.empty_like(w), w.new_empty(E, N)
 
 
 def _run(
     w: Tensor,
     U: Tensor,
     d: Tensor,
+    mask: Tensor | None,
     g_idx: Tensor,
+    codebook: Tensor | None,
     scales: Tensor | None,
     zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
+    *options: Any,
 ) -> _Five:
-    options = (bits, group_size, symmetric, clip_search, scale_dtype)
-    codes, out_scales, out_zeros, w_hat, loss = _fake(w, U, d, g_idx, scales, zeros, *options)
-    outputs = (codes, out_scales, out_zeros, w_hat, loss)
+    outputs = _fake(w, U, d, mask, g_idx, codebook, scales, zeros, *options)
+    _, out_scales, out_zeros, _, loss = outputs
     if scales is not None and zeros is not None:
         out_scales.copy_(scales)
         out_zeros.copy_(zeros)
-    _check_groups(g_idx, group_size, dynamic=scales is None)
+    check_groups("obs_quantize", g_idx, options[1], dynamic=scales is None)
     if w.numel() == 0:
         loss.zero_()
         return outputs
-    args = (w, U, d, g_idx, scales is None, *options)
+    args = (w, U, d, mask, g_idx, codebook, scales is None, *options)
     _backends.choose("obs_quantize", BACKENDS, *args, *outputs).launch(*args, *outputs)
     return outputs
 
@@ -295,31 +305,18 @@ def quantize_grid(
     Raises:
         ValueError: w is no float matrix or holds NaN or Inf; the group size does not divide K.
     """
-    _check_weight(w)
-    N, K = w.shape
-    group_size = fmt.groups(K)
-    scales, zeros = _reference.group_grid(
-        w.float().reshape(-1, group_size),
-        fmt.bits,
-        fmt.symmetric,
-        clip_search,
-        scale_dtype or w.dtype,
-    )
-    return scales.view(N, -1), zeros.view(N, -1)
-
-
-def _check_weight(w: Tensor) -> None:
-    expect(w.dim() == 2 and w.dtype in FLOATS, "obs_quantize", "w", w, "a float matrix [N, K]")
-    # One pass and no temporary, unlike isfinite; aminmax propagates NaN.
-    if w.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(w)):
-        raise ValueError("obs_quantize: w: got NaN or Inf, expected finite weights")
+    check_weight("obs_quantize", w)
+    options = grid_options("obs_quantize", fmt, w, clip_search, scale_dtype or w.dtype, False)
+    scales, zeros = options.fit(w.float()[None])
+    return scales[0], zeros[0]
 
 
 def obs_quantize(
     w: Tensor,
-    H: Tensor | HessianFactor,
-    fmt: QuantFormat | None = None,
+    H: Hessian,
+    fmt: Format | None = None,
     *,
+    mask: Tensor | None = None,
     group_scales: str = "dynamic",
     act_order: bool = False,
     damp: float = 0.01,
@@ -329,13 +326,16 @@ def obs_quantize(
     """Quantize w so that (w - w_hat) H (w - w_hat)ᵀ is small, one column at a time.
 
     Args:
-        w: float32, bfloat16 or float16 [N, K].
+        w: float32, bfloat16 or float16 [N, K], or [E, N, K]: a batch, such as the experts of a layer.
         H: float32 [K, K], the Hessian 2/n XᵀX of the layer's inputs (lower triangle read), or its
             factor from `factorize_hessian`, which layers with the same input share; `act_order` and
-            `damp` are then the factor's own.
-        fmt: bits 2, 3, 4 or 8, group size, symmetry; 4 bits, 128, symmetric by default.
+            `damp` are then the factor's own. For a batch [E, K, K], or a list of factors.
+        fmt: a `QuantFormat` (bits 2, 3, 4 or 8, group size, symmetry), by default 4 bits, 128,
+            symmetric; or a `CodebookFormat`, or a `LutFormat` whose blocks divide K.
+        mask: bool like w, True = kept: the others become exactly zero, and what that costs is pushed
+            onto the columns to come like any other error.
         group_scales: "dynamic" computes a group's grid from the weights as updated when the loop
-            reaches it; "static" from the original weights.
+            reaches it; "static" from the original weights. Only kept weights count.
         act_order: visit columns in descending order of H's diagonal. Groups stay those of the
             original order, so it needs static group scales.
         damp: fraction of the mean diagonal added to H's diagonal, in [0, 1).
@@ -348,62 +348,78 @@ def obs_quantize(
 
     Raises:
         ValueError: bad shapes or dtypes, NaN or Inf, a group size that does not divide K, act_order
-            with dynamic scales, an unknown group_scales, damp out of range.
+            with dynamic scales, an unknown group_scales, damp out of range, a book without 0 beside a
+            mask.
 
     Source: Frantar et al. 2022, arXiv 2210.17323; factor form of arXiv 2507.18553.
     """
     fmt = fmt or QuantFormat()
-    _check_weight(w)
-    if group_scales not in ("static", "dynamic"):
-        raise ValueError(
-            f"obs_quantize: group_scales: got {group_scales!r}, expected 'static' or 'dynamic'"
-        )
-    K = w.shape[1]
-    group_size = fmt.groups(K)
-    factor = (
-        H if isinstance(H, HessianFactor) else factorize_hessian(H, damp=damp, act_order=act_order)
-    )
-    if tuple(factor.U.shape) != (K, K):
-        raise ValueError(
-            f"obs_quantize: H: got {list(factor.U.shape)}, expected [{K}, {K}] for w {list(w.shape)}"
-        )
-    dynamic = group_scales == "dynamic"
-    if factor.order is not None and dynamic and group_size < K:
-        raise ValueError(
-            "obs_quantize: group_scales: got 'dynamic' with act-order, expected 'static': groups that "
-            "follow the visiting order have no checkpoint format"
-        )
+    check_weight("obs_quantize", w)
+    if mask is not None:
+        check_mask("obs_quantize", w, mask)
     scale_dtype = scale_dtype or w.dtype
-    work = w.float()
-    if bool(factor.dead.any()):
-        work = work.masked_fill(factor.dead, 0.0)
-    g_idx = torch.arange(K, device=w.device, dtype=torch.int32) // group_size
-    grid: tuple[Tensor | None, Tensor | None] = (None, None)
-    if not dynamic:
-        grid = quantize_grid(work, fmt, clip_search=clip_search, scale_dtype=scale_dtype)
-    if factor.order is not None:
-        work, g_idx = work[:, factor.order], g_idx[factor.order]
-    codes, scales, zeros, w_hat, loss = _op(
-        work.contiguous(),
-        factor.U,
-        factor.d,
-        g_idx,
-        *grid,
-        fmt.bits,
-        group_size,
-        fmt.symmetric,
-        clip_search,
-        scale_dtype,
+    grid = grid_options("obs_quantize", fmt, w, clip_search, scale_dtype, mask is not None)
+    parts: list[_Five] = []
+    factors: list[HessianFactor] = []
+    for problem in problems("obs_quantize", w, H, damp, act_order):
+        keep = None if mask is None else mask.view(-1, *w.shape[-2:])[problem.experts]
+        parts.append(_solve(problem, keep, grid, group_scales))
+        factors += problem.factors
+    codes, scales, zeros, w_hat, loss = (
+        torch.cat(tensors).view(*w.shape[:-2], *tensors[0].shape[1:])
+        for tensors in zip(*parts, strict=True)
     )
-    if factor.order is not None:
-        back = torch.argsort(factor.order)
-        codes, w_hat = codes[:, back], w_hat[:, back]
+    met = outcome(factors)
+    integer_zeros = isinstance(fmt, QuantFormat) and not fmt.symmetric
     return ObsResult(
         codes,
         scales.to(scale_dtype),
-        None if fmt.symmetric else zeros.to(torch.uint8),
+        zeros.to(torch.uint8) if integer_zeros else None,
         w_hat,
         loss,
-        factor.damp,
-        factor.factored,
+        met.damp,
+        not met.unfactored,
+        met.unfactored,
     )
+
+
+def _solve(problem: Problem, mask: Tensor | None, grid: GridOptions, group_scales: str) -> _Five:
+    """The op's outputs on one portion of the batch, codes and columns as the caller knows them."""
+    scales, zeros = loop_scales("obs_quantize", problem, mask, grid, group_scales)
+    codes, scales, zeros, w_hat, loss = _op(
+        problem.w,
+        problem.U,
+        problem.d,
+        None if mask is None else problem.visiting(mask).contiguous(),
+        problem.groups(grid.group_size),
+        grid.book_of(problem.experts),
+        scales,
+        zeros,
+        *grid.options(),
+    )
+    codes = grid.caller_codes(problem.original(codes), problem.experts)
+    return codes, scales, zeros, problem.original(w_hat), loss
+
+
+def loop_scales(
+    op: str, problem: Problem, mask: Tensor | None, grid: GridOptions, group_scales: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scales and zeros that a loop is given: static ones, or None if it fits them.
+
+    Raises:
+        ValueError: an unknown group_scales, or dynamic groups in act-order.
+    """
+    if group_scales not in ("static", "dynamic"):
+        raise ValueError(
+            f"{op}: group_scales: got {group_scales!r}, expected 'static' or 'dynamic'"
+        )
+    dynamic = group_scales == "dynamic" and grid.scaled
+    if problem.order is not None and dynamic and grid.group_size < problem.w.shape[2]:
+        raise ValueError(
+            f"{op}: group_scales: got 'dynamic' with act-order, expected 'static': groups that "
+            "follow the visiting order have no checkpoint format"
+        )
+    if dynamic:
+        return None, None
+    w = problem.original(problem.w)
+    return grid.fit(w if mask is None else w.masked_fill(~mask, 0.0), problem.experts)

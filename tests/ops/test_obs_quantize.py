@@ -379,10 +379,12 @@ def raw_arguments(N: int = 6, K: int = 40, **changes) -> tuple:
     """Arguments of the torch op, one of them changed."""
     factor = factorize_hessian(hessian(K).float())
     arguments = {
-        "w": weight(N, K),
-        "U": factor.U,
-        "d": factor.d,
-        "g_idx": torch.arange(K, dtype=torch.int32) // 20,
+        "w": weight(N, K)[None],
+        "U": factor.U[None],
+        "d": factor.d[None],
+        "mask": None,
+        "g_idx": torch.arange(K, dtype=torch.int32)[None] // 20,
+        "codebook": None,
         "scales": None,
         "zeros": None,
         "bits": 4,
@@ -395,7 +397,7 @@ def raw_arguments(N: int = 6, K: int = 40, **changes) -> tuple:
     return tuple((arguments | changes).values())
 
 
-STATIC = {"scales": torch.full((6, 2), 0.01), "zeros": torch.full((6, 2), 8.0)}
+STATIC = {"scales": torch.full((1, 6, 2), 0.01), "zeros": torch.full((1, 6, 2), 8.0)}
 
 
 @pytest.mark.parametrize("changes", [{}, STATIC], ids=["dynamic", "static"])
@@ -409,21 +411,25 @@ def test_no_rows(backend):
     assert result.loss.shape == (0,)
 
 
+I32 = torch.int32
 BAD_RAW = {
-    "w_dtype": ({"w": weight(6, 40).double()}, "w: got float64"),
-    "w_strided": ({"w": weight(40, 6).t()}, "w: got .*contiguous"),
-    "U_shape": ({"U": torch.eye(39)}, r"U: got float32 \[39, 39\].*\[40, 40\]"),
-    "d_dtype": ({"d": torch.ones(40).double()}, "d: got float64"),
-    "g_idx_dtype": ({"g_idx": torch.zeros(40, dtype=torch.int64)}, "g_idx: got int64"),
-    "g_idx_range": ({"g_idx": torch.full((40,), 2, dtype=torch.int32)}, "g_idx: got .* 2"),
-    "g_idx_negative": ({"g_idx": torch.full((40,), -1, dtype=torch.int32)}, "g_idx: got .*-1"),
-    "g_idx_dynamic": ({"g_idx": torch.zeros(40, dtype=torch.int32)}, "g_idx: .*dynamic"),
+    "w_dtype": ({"w": weight(6, 40).double()[None]}, "w: got float64"),
+    "w_axes": ({"w": weight(6, 40)}, r"w: got float32 \[6, 40\] .*\[E, N, K\]"),
+    "w_strided": ({"w": weight(40, 6).t()[None]}, "w: got .*contiguous"),
+    "U_shape": ({"U": torch.eye(39)[None]}, r"U: got float32 \[1, 39, 39\].*\[1, 40, 40\]"),
+    "d_dtype": ({"d": torch.ones(1, 40).double()}, "d: got float64"),
+    "mask_dtype": ({"mask": torch.ones(1, 6, 40)}, r"mask: got float32 .*bool \[1, 6, 40\]"),
+    "g_idx_dtype": ({"g_idx": torch.zeros(1, 40, dtype=torch.int64)}, "g_idx: got int64"),
+    "g_idx_range": ({"g_idx": torch.full((1, 40), 2, dtype=I32)}, "g_idx: got .* 2"),
+    "g_idx_negative": ({"g_idx": torch.full((1, 40), -1, dtype=I32)}, "g_idx: got .*-1"),
+    "g_idx_dynamic": ({"g_idx": torch.zeros(1, 40, dtype=I32)}, "g_idx: .*dynamic"),
+    "codebook": ({"codebook": torch.zeros(1, 5, 1, 16)}, r"codebook: got float32 \[1, 5, 1, 16\]"),
     "group_size": ({"group_size": 15}, "group_size: got 15, expected a divisor of K = 40"),
     "group_size_0": ({"group_size": 0}, "group_size: got 0"),
     "bits": ({"bits": 5}, r"bits: got 5, expected one of \(2, 3, 4, 8\)"),
     "scale_dtype": ({"scale_dtype": torch.float64}, "scale_dtype: got torch.float64"),
-    "one_of_two": ({"scales": torch.ones(6, 2)}, "scales and zeros: got only one"),
-    "scales_shape": (STATIC | {"scales": torch.ones(6, 3)}, r"scales: got float32 \[6, 3\]"),
+    "one_of_two": ({"scales": torch.ones(1, 6, 2)}, "scales and zeros: got only one"),
+    "scales_shape": (STATIC | {"scales": torch.ones(1, 6, 3)}, r"scales: got float32 \[1, 6, 3\]"),
 }
 
 
@@ -440,6 +446,15 @@ BAD = {
     "w_nan": (torch.full((2, 64), float("nan")), EYE, {}, "w: got NaN or Inf"),
     "w_inf": (torch.full((2, 64), float("inf")), EYE, {}, "w: got NaN or Inf"),
     "h_shape": (weight(2, 64), torch.eye(32), {}, r"H: got \[32, 32\], expected \[64, 64\]"),
+    "h_axes": (weight(2, 64), EYE[None], {}, r"H: got float32 \[1, 64, 64\] .*2 axes"),
+    "h_count": (weight(2, 64)[None], [], {}, "H: got 0 Hessians, expected 1"),
+    "mask_shape": (
+        weight(2, 64),
+        EYE,
+        {"mask": torch.ones(64, dtype=torch.bool)},
+        "mask: got bool",
+    ),
+    "no_matrices": (torch.zeros(0, 2, 64), EYE[None][:0], {}, r"w: got float32 \[0, 2, 64\]"),
     "h_nan": (weight(2, 64), EYE * float("nan"), {}, "H: got NaN or Inf"),
     "group_scales": (weight(2, 64), EYE, {"group_scales": "exact"}, "group_scales: got 'exact'"),
     "act_order": (weight(2, 64), EYE, {"act_order": True}, "got 'dynamic' with act-order"),

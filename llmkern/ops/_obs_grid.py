@@ -1,0 +1,222 @@
+"""What the OBS ops round to: a format as the ops take it, and checks of those arguments.
+
+The ops take books sorted, [E or 1, N or 1, groups or 1, 16], and give ranks in them for codes; a book
+that the caller gave in another order is met only here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmkern.formats.int4 import BITS, QuantFormat
+from llmkern.formats.lut4 import CODEBOOKS, CodebookFormat, LutFormat
+from llmkern.ops._library import FLOATS, expect
+from llmkern.reference.obs_quantize import group_grid
+
+Format = QuantFormat | CodebookFormat | LutFormat
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """A format over a weight [E, N, K], in the terms of the ops.
+
+    Attributes:
+        codebook: float32 [E or 1, N or 1, groups or 1, 16], ascending, or None for integers.
+        codes: uint8 like `codebook`, the caller's code of each rank, or None.
+        scaled: False if the book holds the weights' own values.
+        bits, group_size, symmetric, clip_search, scale_dtype: as the ops take them.
+    """
+
+    codebook: Tensor | None
+    codes: Tensor | None
+    scaled: bool
+    bits: int
+    group_size: int
+    symmetric: bool
+    clip_search: bool
+    scale_dtype: torch.dtype
+
+    def options(self) -> tuple[int, int, bool, bool, torch.dtype]:
+        """bits, group_size, symmetric, clip_search, scale_dtype."""
+        return self.bits, self.group_size, self.symmetric, self.clip_search, self.scale_dtype
+
+    def book_of(self, experts: slice) -> Tensor | None:
+        """The books of a portion of the batch."""
+        return None if self.codebook is None else _portion(self.codebook, experts)
+
+    def caller_codes(self, ranks: Tensor, experts: slice) -> Tensor:
+        """The caller's codes [E, N, K], columns in their original order, of what an op returned."""
+        if self.codes is None:
+            return ranks
+        E, N, K = ranks.shape
+        groups = K // self.group_size
+        codes = _portion(self.codes, experts).expand(E, N, groups, 16)
+        return codes.gather(3, ranks.reshape(E, N, groups, -1).long()).view(E, N, K)
+
+    def fit(self, w: Tensor, experts: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Scales and zeros of every group of w float32 [E, N, K], [E, N, groups] each."""
+        E, N, K = w.shape
+        groups = K // self.group_size
+        if not self.scaled:
+            return w.new_ones(E, N, groups), w.new_zeros(E, N, groups)
+        book = self.book_of(experts)
+        if book is not None:
+            book = book.expand(E, N, groups, 16).reshape(-1, 16)
+        rows = w.reshape(-1, self.group_size)
+        options = (self.bits, self.symmetric, self.clip_search, self.scale_dtype)
+        scales, zeros = group_grid(rows, *options, book)
+        return scales.view(E, N, groups), zeros.view(E, N, groups)
+
+
+def _portion(book: Tensor, experts: slice) -> Tensor:
+    return book if len(book) == 1 else book[experts].contiguous()
+
+
+def grid_options(
+    op: str, fmt: Format, w: Tensor, clip_search: bool, scale_dtype: torch.dtype, masked: bool
+) -> GridOptions:
+    """`fmt` for the weight w [N, K] or [E, N, K].
+
+    Raises:
+        ValueError: a group size that does not divide K, a book of another shape than w, or one without
+            0 where weights are pruned.
+    """
+    K = w.shape[-1]
+    if isinstance(fmt, QuantFormat):
+        return GridOptions(
+            None, None, True, fmt.bits, fmt.groups(K), fmt.symmetric, clip_search, scale_dtype
+        )
+    if isinstance(fmt, LutFormat):
+        if K % fmt.block_size:
+            raise ValueError(
+                f"{op}: block_size: got {fmt.block_size}, expected a divisor of K = {K}: a scale must "
+                "lie inside a row"
+            )
+        fmt = CodebookFormat(CODEBOOKS[fmt.codebook], fmt.block_size)
+    group_size = fmt.groups(K)
+    book = _four_axes(op, fmt.codebook.to(w.device), w, K // group_size)
+    if masked and not bool((book == 0).any(-1).all()):
+        raise ValueError(f"{op}: codebook: got a book without 0, which pruned weights need")
+    values, order = book.sort(dim=-1, stable=True)
+    # Of equal entries the first: its code is the one that is given out.
+    first = torch.searchsorted(values, values)
+    codes = order.gather(-1, first).to(torch.uint8)
+    return GridOptions(values, codes, fmt.scaled, 4, group_size, True, clip_search, scale_dtype)
+
+
+def _four_axes(op: str, book: Tensor, w: Tensor, groups: int) -> Tensor:
+    """A book of w [N, K] or [E, N, K] as [E or 1, N or 1, groups or 1, 16]."""
+    shapes = ((16,), (*w.shape[:-1], 16), (*w.shape[:-1], groups, 16))
+    expect(
+        tuple(book.shape) in shapes,
+        op,
+        "codebook",
+        book,
+        " or ".join(str(list(shape)) for shape in shapes),
+    )
+    if book.dim() == 1:
+        return book.view(1, 1, 1, 16)
+    if book.dim() == w.dim():
+        book = book[..., None, :]
+    return book if w.dim() == 3 else book[None]
+
+
+def check_loop(op: str, w: Tensor, U: Tensor, d: Tensor, mask: Tensor | None) -> None:
+    """Refuse what is not a weight [E, N, K] with its factor and mask."""
+    expect(
+        w.dim() == 3 and w.dtype == torch.float32 and w.is_contiguous(),
+        op,
+        "w",
+        w,
+        "a contiguous float32 [E, N, K]",
+    )
+    E, N, K = w.shape
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+        ("U", U, (E, K, K), torch.float32),
+        ("d", d, (E, K), torch.float32),
+        ("mask", mask, (E, N, K), torch.bool),
+    ]
+    _expect_all(op, w, wanted)
+
+
+def check_grid(
+    op: str,
+    w: Tensor,
+    g_idx: Tensor,
+    codebook: Tensor | None,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+) -> None:
+    """Refuse what is not a grid of the weight w [E, N, K]."""
+    E, N, K = w.shape
+    if group_size <= 0 or K % group_size:
+        raise ValueError(f"{op}: group_size: got {group_size}, expected a divisor of K = {K}")
+    groups = K // group_size
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+        ("g_idx", g_idx, (E, K), torch.int32),
+        ("scales", scales, (E, N, groups), torch.float32),
+        ("zeros", zeros, (E, N, groups), torch.float32),
+    ]
+    _expect_all(op, w, wanted)
+    if codebook is not None:
+        given = tuple(codebook.shape)
+        expect(
+            len(given) == 4
+            and all(size in (1, full) for size, full in zip(given[:3], (E, N, groups), strict=True))
+            and given[3] == 16
+            and codebook.dtype == torch.float32
+            and codebook.is_contiguous(),
+            op,
+            "codebook",
+            codebook,
+            f"a contiguous float32 [{E} or 1, {N} or 1, {groups} or 1, 16], ascending",
+        )
+        expect(
+            codebook.device == w.device, op, "codebook", codebook, f"the device of w, {w.device}"
+        )
+    if (scales is None) != (zeros is None):
+        raise ValueError(f"{op}: scales and zeros: got only one of them, expected both or neither")
+    if bits not in BITS:
+        raise ValueError(f"{op}: bits: got {bits}, expected one of {BITS}")
+    if scale_dtype not in FLOATS:
+        raise ValueError(f"{op}: scale_dtype: got {scale_dtype}, expected one of {FLOATS}")
+
+
+def _expect_all(
+    op: str,
+    w: Tensor,
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]],
+) -> None:
+    for name, tensor, shape, dtype in wanted:
+        if tensor is None:
+            continue
+        expect(
+            tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous(),
+            op,
+            name,
+            tensor,
+            f"a contiguous {str(dtype).removeprefix('torch.')} {list(shape)}",
+        )
+        expect(tensor.device == w.device, op, name, tensor, f"the device of w, {w.device}")
+
+
+def check_groups(op: str, g_idx: Tensor, group_size: int, dynamic: bool) -> None:
+    """What g_idx [E, K] holds; on the CPU only, because looking at a GPU tensor would stall its queue."""
+    if g_idx.device.type != "cpu" or not g_idx.numel():
+        return
+    K = g_idx.shape[1]
+    low, high = (int(value) for value in g_idx.aminmax())
+    groups = K // group_size
+    if low < 0 or high >= groups:
+        raise ValueError(f"{op}: g_idx: got groups {low} to {high}, expected 0 to {groups - 1}")
+    natural = torch.arange(K, dtype=torch.int32) // group_size
+    if dynamic and not torch.equal(g_idx, natural.expand_as(g_idx)):
+        raise ValueError(
+            f"{op}: g_idx: got columns out of order, expected k // group_size for dynamic scales"
+        )
