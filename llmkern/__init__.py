@@ -10,6 +10,7 @@ from llmkern.evaluate import (
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
 from llmkern.hf import accelerate, load, save
+from llmkern.masks import keep_masks
 from llmkern.nn import Int4Linear, Lut4Linear
 from llmkern.patch import patch
 from llmkern.prune import prune
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "evaluate",
+    "keep_masks",
     "load",
     "patch",
     "prune",

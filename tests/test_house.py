@@ -37,8 +37,9 @@ MAY_IMPORT = {
     "_memory": {"_backends"},
     "calibrate": {"assets", "formats", "models", "ops"},
     "_drive": {"calibrate", "models", "nn", "ops", "patch"},
-    "quantize": {"_drive", "calibrate", "formats", "nn", "ops", "patch"},
-    "prune": {"_drive", "calibrate", "models", "nn", "ops", "patch"},
+    "masks": {"patch"},
+    "quantize": {"_drive", "calibrate", "formats", "masks", "nn", "ops", "patch"},
+    "prune": {"_drive", "calibrate", "masks", "models", "nn", "ops", "patch"},
     "evaluate": {"calibrate", "formats", "models", "nn"},
     "testing": {"formats", "ops", "reference"},
 }

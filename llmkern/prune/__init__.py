@@ -1,5 +1,6 @@
 """Pruning methods, and the function that applies one to a whole model."""
 
+from llmkern.masks import MaskedParameters, keep_masks, pruned_layers
 from llmkern.prune._amount import Pattern
 from llmkern.prune._driver import METHODS, prune
 from llmkern.prune._report import LayerReport, PrunedWeight, PruneReport
@@ -10,9 +11,12 @@ __all__ = [
     "METHODS",
     "LayerReport",
     "MagnitudeOptions",
+    "MaskedParameters",
     "Pattern",
     "PruneReport",
     "PrunedWeight",
     "WandaOptions",
+    "keep_masks",
     "prune",
+    "pruned_layers",
 ]

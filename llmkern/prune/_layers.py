@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmkern._drive import Work, for_each_layer, layer_stage, plan_layers
 from llmkern.calibrate import ActivationNormStatistic, HessianStatistic, walk
+from llmkern.masks import record_pruning, zero_fraction
 from llmkern.nn._packed_linear import dense_weight, write_weight
 from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern
 from llmkern.prune._job import Job
@@ -60,7 +61,7 @@ def prune_layers(job: Job, *, prune: Prune, statistic: type[InputStatistic] | No
         statistic = ActivationNormStatistic
     if statistic is None:
         job.refuse_calibration(f"method {job.report.method!r} looks at the weights only here")
-        with Work("prune", "pruned", len(plan), progress=job.progress) as work:
+        with _work(job, plan) as work:
             pruner = _Pruner(job, plan, compensated, prune, work)
             for_each_layer(job.model, plan.__contains__, pruner.apply)
         return
@@ -69,12 +70,22 @@ def prune_layers(job: Job, *, prune: Prune, statistic: type[InputStatistic] | No
     def empty(weight: Tensor) -> InputStatistic:
         return kind(weight.shape[1], tokens=windows.numel(), device=weight.device)
 
-    with Work("prune", "pruned", len(plan), progress=job.progress) as work:
+    with _work(job, plan) as work:
         pruner = _Pruner(job, plan, compensated, prune, work)
         # Magnitude has no such option: its statistic only serves the biases.
         sequential = getattr(job.options, "true_sequential", False)
         stage = layer_stage(work, plan.__contains__, empty, pruner.apply, sequential=sequential)
         walk(job.model, windows, stage, batch_size=job.data.batch_size)
+
+
+def _work(job: Job, plan: Mapping[str, Amount]) -> Work:
+    """The progress bar; at the end the model's config says which layers have been pruned."""
+
+    def record() -> None:
+        lines = job.report.layers
+        record_pruning(job.model, {line.name: line.pattern or line.sparsity for line in lines})
+
+    return Work("prune", "pruned", len(plan), progress=job.progress, record=record)
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class _Pruner:
             LayerReport(
                 name=full,
                 shape=(N, K),
-                sparsity=1 - int(linear.get_parameter("weight").count_nonzero()) / max(1, N * K),
+                sparsity=zero_fraction(linear.get_parameter("weight")),
                 pattern=str(amount) if isinstance(amount, Pattern) else None,
                 loss=result.loss,
                 relative_loss=result.relative_loss,

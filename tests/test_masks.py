@@ -1,0 +1,214 @@
+"""Zeros that pruning made survive what follows: rounding, code books, training, saving."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import llmkern
+from llmkern import LutFormat, QuantFormat, keep_masks
+from llmkern.masks import pruned_layers, recorded_layers
+from llmkern.prune import prune
+
+VOCAB, LAYERS = 96, 2
+
+
+def tiny(**changes: Any) -> nn.Module:
+    config = AutoConfig.for_model(
+        "llama",
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+        }
+        | changes,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def pruned(**amount: Any) -> nn.Module:
+    model = tiny()
+    prune(model, "magnitude", **(amount or {"pattern": "2:4"}))
+    return model
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, VOCAB, (8, 16))
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Dense weights of the layers in the blocks, packed ones expanded."""
+    return {
+        name: module.dequantize() if hasattr(module, "dequantize") else module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+
+
+def assert_zeros_kept(before: nn.Module, after: nn.Module) -> None:
+    new = weights(after)
+    for name, old in weights(before).items():
+        assert not new[name][old == 0].any(), name
+        assert new[name].count_nonzero() > 0.5 * old.count_nonzero(), name
+
+
+# --- quantizing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip_search", [False, True], ids=["minmax", "clip_search"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_rounding_to_nearest_keeps_zeros(bits: int, symmetric: bool, clip_search: bool) -> None:
+    model = pruned(sparsity=0.5)
+    before = copy.deepcopy(model)
+    options = {"group_size": 32, "symmetric": symmetric, "clip_search": clip_search}
+    llmkern.quantize(model, "rtn", bits=bits, **options)
+    assert_zeros_kept(before, model)
+
+
+@pytest.mark.parametrize(
+    "fmt", [QuantFormat(4, 32), LutFormat("nf4", 64), LutFormat("fp4", 64)], ids=str
+)
+def test_patched_layers_keep_zeros(fmt: Any) -> None:
+    model = pruned()
+    before = copy.deepcopy(model)
+    llmkern.patch(model, fmt)
+    assert_zeros_kept(before, model)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, weight_decay=0.1, nesterov=True),
+}
+
+
+def train(model: nn.Module, tokens: Tensor, optimizer: Any, steps: int = 3) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["optimizer", "any"])
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_training_keeps_zeros(kind: str, given: bool, tokens: Tensor) -> None:
+    model = pruned().train()
+    before = copy.deepcopy(model)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    with keep_masks(model, optimizer if given else None) as masks:
+        assert len(masks) == 7 * LAYERS
+        assert masks.zeros() == sum(int((w == 0).sum()) for w in weights(before).values())
+        train(model, tokens, optimizer)
+        gradient = model.get_parameter("model.layers.0.mlp.up_proj.weight").grad
+        assert not gradient[~masks.masks()["model.layers.0.mlp.up_proj.weight"]].any()
+    assert_zeros_kept(before, model)
+    old, new = weights(before), weights(model)
+    assert all(not torch.equal(old[name], new[name]) for name in old), "the others are trained"
+
+
+def test_momentum_from_before_does_not_bring_weights_back(tokens: Tensor) -> None:
+    model = tiny().train()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train(model, tokens, optimizer)
+    prune(model, "magnitude", sparsity=0.5)
+    before = copy.deepcopy(model)
+    with keep_masks(model, optimizer):
+        train(model, tokens, optimizer)
+    assert_zeros_kept(before, model)
+
+
+def test_without_masks_training_loses_the_zeros(tokens: Tensor) -> None:
+    model = pruned().train()
+    masks = keep_masks(model)
+    masks.remove()
+    train(model, tokens, OPTIMIZERS["adamw"](model.parameters()))
+    assert not pruned_layers(model)
+    masks.apply()
+    assert len(pruned_layers(model)) == 7 * LAYERS
+
+
+def test_transformers_trainer_keeps_zeros(tokens: Tensor, tmp_path: Path) -> None:
+    model = pruned()
+    before = copy.deepcopy(model)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    with keep_masks(model):
+        transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert_zeros_kept(before, model)
+    assert not torch.equal(
+        weights(before)["model.layers.0.mlp.up_proj"], weights(model)["model.layers.0.mlp.up_proj"]
+    )
+
+
+def test_frozen_weights_are_no_obstacle(tokens: Tensor) -> None:
+    model = pruned().train()
+    model.get_submodule("model.layers.0").requires_grad_(False)
+    before = copy.deepcopy(model)
+    optimizer = OPTIMIZERS["sgd"](p for p in model.parameters() if p.requires_grad)
+    with keep_masks(model, optimizer):
+        train(model, tokens, optimizer)
+    assert_zeros_kept(before, model)
+
+
+def test_a_dense_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="model: got LlamaForCausalLM without a pruned layer") as e:
+        keep_masks(tiny())
+    assert "\n" not in str(e.value)
+
+
+# --- what counts as pruned ------------------------------------------------------------------------
+
+
+def test_config_remembers_what_was_pruned(tmp_path: Path) -> None:
+    model = pruned(sparsity=0.01)
+    names = recorded_layers(model)
+    assert len(names) == 7 * LAYERS
+    assert sorted(pruned_layers(model)) == sorted(names), "1 % of zeros, but recorded"
+    llmkern.save(model, tmp_path / "out")
+    assert recorded_layers(llmkern.load(tmp_path / "out")) == names
+    prune(model, "magnitude", pattern="2:4", rules={"*": None, "*.up_proj": "2:4"})
+    assert recorded_layers(model)["model.layers.0.mlp.up_proj"] == "2:4"
+    assert len(recorded_layers(model)) == 7 * LAYERS
+
+
+def test_zeros_of_unknown_origin_count_from_five_percent() -> None:
+    model = tiny()
+    with torch.no_grad():
+        for i, zeros in enumerate((3, 4)):  # of 64 columns
+            model.get_parameter(f"model.layers.{i}.mlp.up_proj.weight")[:, :zeros] = 0
+    assert pruned_layers(model) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_a_dense_model_saves_and_loads_anywhere(tmp_path: Path, tokens: Tensor) -> None:
+    model = pruned().eval()
+    llmkern.save(model, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert not hasattr(plain.config, "quantization_config")
+    assert torch.equal(plain(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    assert_zeros_kept(model, plain)
