@@ -77,7 +77,7 @@ def plan_layers(
     rules: Mapping[str, _T | None],
     *,
     what: str,
-    check: Callable[[Mapping[str, tuple[int, _T]]], None],
+    check: Callable[[Mapping[str, tuple[int, Any]]], None],
 ) -> tuple[dict[str, _T], dict[str, str]]:
     """What each linear inside the decoder blocks gets, and why each other linear gets nothing.
 

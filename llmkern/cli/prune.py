@@ -42,6 +42,15 @@ def prune(
         str | None,
         typer.Option(help="layer or row: which weights compete; the method's own by default."),
     ] = None,
+    allocation: Annotated[
+        str, typer.Option(help="uniform, or owl: blocks with fewer outlying weights lose more.")
+    ] = "uniform",
+    owl_threshold: Annotated[
+        float | None, typer.Option(help="Outliers exceed so many times the mean score; 5.")
+    ] = None,
+    owl_lambda: Annotated[
+        float | None, typer.Option(help="Spread of the sparsities around the one asked for; 0.08.")
+    ] = None,
     bias_compensation: Annotated[
         bool | None, typer.Option(help="Let biases take up the mean of what is removed.")
     ] = None,

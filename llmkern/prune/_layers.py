@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from llmkern._drive import Work, for_each_layer, layer_stage, plan_layers
 from llmkern.calibrate import ActivationNormStatistic, HessianStatistic, walk
 from llmkern.masks import record_pruning, zero_fraction
 from llmkern.nn._packed_linear import dense_weight, write_weight
+from llmkern.patch import winning_pattern
+from llmkern.prune import owl
 from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern
 from llmkern.prune._job import Job
 from llmkern.prune._report import LayerReport, PrunedWeight
@@ -38,13 +41,31 @@ class LayerOptions:
     Attributes:
         scope: for a sparsity: "layer" compares all weights of a layer, "row" those of each output row,
             so that all rows lose equally many. None is the method's own; a pattern has no scope.
+        allocation: "uniform", or "owl" (arXiv 2310.05175): blocks with fewer outlying weights lose more,
+            the model as much as with "uniform". Needs calibration data and a sparsity; layers with a
+            rule of their own are left out.
+        owl_threshold: a weight is an outlier above so many times its block's mean score; None: 5.
+        owl_lambda: how far a block's sparsity may be from the one asked for; None: 0.08.
     """
 
     scope: str | None = None
+    allocation: str = "uniform"
+    owl_threshold: float | None = None
+    owl_lambda: float | None = None
 
     def __post_init__(self) -> None:
         if self.scope is not None and self.scope not in SCOPES:
             raise ValueError(f"scope: got {self.scope!r}, expected 'layer' or 'row'")
+        if self.allocation not in ("uniform", "owl"):
+            raise ValueError(f"allocation: got {self.allocation!r}, expected 'uniform' or 'owl'")
+        for name, top in (("owl_threshold", math.inf), ("owl_lambda", 1.0)):
+            value = getattr(self, name)
+            if value is not None and self.allocation != "owl":
+                raise ValueError(
+                    f"{name}: got {value}, expected allocation 'owl', or none of its options"
+                )
+            if value is not None and not 0 < value < top:
+                raise ValueError(f"{name}: got {value}, expected a number in (0, {top})")
 
 
 def prune_layers(job: Job, *, prune: Prune, statistic: type[InputStatistic] | None) -> None:
@@ -55,12 +76,13 @@ def prune_layers(job: Job, *, prune: Prune, statistic: type[InputStatistic] | No
         prune: the method.
         statistic: of each layer's inputs, for `prune`; None where it looks at the weights alone.
     """
-    plan, job.report.kept = _plan(job)
+    plan = _plan(job)
     compensated = _compensated(job, plan)
     if statistic is None and compensated:
         statistic = ActivationNormStatistic
-    if statistic is None:
+    if statistic is None and job.options.allocation != "owl":
         job.refuse_calibration(f"method {job.report.method!r} looks at the weights only here")
+    if statistic is None:
         with _work(job, plan) as work:
             pruner = _Pruner(job, plan, compensated, prune, work)
             for_each_layer(job.model, plan.__contains__, pruner.apply)
@@ -148,8 +170,8 @@ def _mean_of_removed(
     return (before.float() - after.to(before.dtype).float()) @ inputs.mean()
 
 
-def _plan(job: Job) -> tuple[dict[str, Amount], dict[str, str]]:
-    """Amount of each layer to prune, checked, and why the others are kept."""
+def _plan(job: Job) -> dict[str, Amount]:
+    """Amount of each layer to prune, all of it checked."""
     rules: dict[str, Amount | None] = {"*": job.amount}
     for glob, value in job.rules.items():
         argument = f"rules[{glob!r}]"
@@ -159,11 +181,28 @@ def _plan(job: Job) -> tuple[dict[str, Amount], dict[str, str]]:
             rules[glob] = check_fraction(value, argument)
         else:
             rules[glob] = parse_pattern(value, argument)
-    if job.options.scope is not None and not any(isinstance(v, float) for v in rules.values()):
+    options: LayerOptions = job.options
+    if options.scope is not None and not any(isinstance(v, float) for v in rules.values()):
         raise ValueError(
-            f"scope: got {job.options.scope!r} with a pattern, expected None: a pattern has no scope"
+            f"scope: got {options.scope!r} with a pattern, expected None: a pattern has no scope"
         )
-    return plan_layers(job.model, rules, what="prune", check=_check_patterns)
+    plan: dict[str, Amount]
+    plan, job.report.kept = plan_layers(job.model, rules, what="prune", check=_check_patterns)
+    if options.allocation == "owl":
+        sparsity = rules["*"]
+        if not isinstance(sparsity, float):
+            raise ValueError(
+                f"allocation: got 'owl' with {sparsity}, expected a sparsity to spread"
+            )
+        shared = frozenset(name for name in plan if winning_pattern(rules, name) == "*")
+        plan |= owl.allocate(
+            job,
+            shared,
+            sparsity,
+            options.owl_threshold or owl.THRESHOLD,
+            options.owl_lambda or owl.LAMBDA,
+        )
+    return plan
 
 
 def _check_patterns(asked: Mapping[str, tuple[int, Amount]]) -> None:

@@ -68,6 +68,7 @@ class PruneReport:
         tokens: calibration tokens, windows * window; 0 where none were needed.
         window: tokens per calibration window.
         parameters_before, parameters_after: entries of all parameters, tied ones once. Zeros count.
+        outliers: fraction of outlying weights in each block, where sparsity was shared out by it.
         layers: one line per pruned layer, in the order of the work.
         kept: why each linear that was not pruned was not, by full name.
         seconds: in all, calibration included.
@@ -80,6 +81,7 @@ class PruneReport:
     window: int = 0
     parameters_before: int = 0
     parameters_after: int = 0
+    outliers: dict[str, float] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
