@@ -49,6 +49,25 @@ def zero_fraction(weight: Tensor) -> float:
     return 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else 0.0
 
 
+def kept_mask(weight: Tensor, *, recorded: bool, keep_zeros: bool | None) -> Tensor | None:
+    """Which entries of a weight may be something else than zero, where some may not.
+
+    Args:
+        weight: any shape.
+        recorded: the model's config says that it has been pruned.
+        keep_zeros: keep all zeros, none, or, if None, those of a pruned layer.
+
+    Returns:
+        Bool like `weight`, False where it is to stay zero, or None where nothing is.
+    """
+    if keep_zeros is False:
+        return None
+    kept = weight != 0
+    zeros = kept.numel() - int(kept.sum())
+    enough = keep_zeros or recorded or zeros >= PRUNED_FRACTION * kept.numel()
+    return kept if zeros and enough else None
+
+
 def pruned_layers(model: nn.Module) -> list[str]:
     """Full names of the dense linears (and Conv1D) that have been pruned and still have zeros."""
     recorded = recorded_layers(model)
@@ -57,9 +76,7 @@ def pruned_layers(model: nn.Module) -> list[str]:
         weight = linear._parameters.get("weight")
         if weight is None or weight.is_meta:
             continue
-        least = 0.0 if name in recorded else PRUNED_FRACTION
-        fraction = zero_fraction(weight.detach())
-        if fraction > 0 and fraction >= least:
+        if kept_mask(weight.detach(), recorded=name in recorded, keep_zeros=None) is not None:
             names.append(name)
     return names
 

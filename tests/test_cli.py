@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llmkern import assets, ops
 from llmkern.cli import main
@@ -72,6 +72,26 @@ def test_rules_choose_bits_per_layer(run: Run, tmp_path: Path) -> None:
     assert any(name.endswith("o_proj") for name in report["dense"])
 
 
+def test_prune_writes_a_plain_model(run: Run, tmp_path: Path, tokens: Path) -> None:
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    rules = ["--rule", "*.o_proj=dense", "--rule", "*.down_proj=0.25"]
+    command = ["prune", MODEL, "-o", out, "--method", "sparsegpt", "--pattern", "2:4", *rules]
+    code, text, err = run(*command, *CALIBRATION)
+    assert code == 0, err
+    assert "layers pruned" in text
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    report = json.loads((out / "llmkern_report.json").read_text())
+    assert report["amount"] == {"pattern": "2:4"}
+    assert {layer["pattern"] for layer in report["layers"]} == {"2:4", None}
+    assert any(name.endswith("o_proj") for name in report["kept"])
+    weight = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert bool((weight.unflatten(1, (-1, 4)).count_nonzero(2) == 2).all())
+    command = ["eval", out, "--tokens", tokens, "--seq-len", "64", "--reference", MODEL]
+    code, _, err = run(*command, "--json", result)
+    assert code == 0, err
+    assert 0 < json.loads(result.read_text())["kl"] < 5
+
+
 def test_env_lists_every_op_and_backend(run: Run) -> None:
     code, text, _ = run("env")
     assert code == 0
@@ -120,6 +140,33 @@ MISTAKES = {
     "bits": (lambda d: ["quantize", MODEL, "-o", d / "o", "--bits", "5"], "bits"),
     "method": (lambda d: ["quantize", MODEL, "-o", d / "o", "--method", "awk"], "method"),
     "rule": (lambda d: ["quantize", MODEL, "-o", d / "o", "--rule", "mlp"], "--rule"),
+    "prune_method": (
+        lambda d: ["prune", MODEL, "-o", d / "o", "--method", "snip", "--sparsity", "0.5"],
+        "method: got 'snip'",
+    ),
+    "prune_amount": (lambda d: ["prune", MODEL, "-o", d / "o"], "sparsity, pattern: got none"),
+    "prune_pattern": (
+        lambda d: ["prune", MODEL, "-o", d / "o", "--pattern", "4:2"],
+        "pattern: got '4:2'",
+    ),
+    "prune_rule": (
+        lambda d: ["prune", MODEL, "-o", d / "o", "--sparsity", "0.5", "--rule", "*=half"],
+        "--rule: got '*=half'",
+    ),
+    "prune_ignored_option": (
+        lambda d: [
+            *("prune", MODEL, "-o", d / "o", "--method", "magnitude", "--sparsity", "0.5"),
+            *("--damp", "0.1"),
+        ],
+        "damp: not an option of method 'magnitude'",
+    ),
+    "prune_ignored_data": (
+        lambda d: [
+            *("prune", MODEL, "-o", d / "o", "--method", "magnitude", "--sparsity", "0.5"),
+            *("--samples", "64"),
+        ],
+        "samples: got 64, expected no data options",
+    ),
     "dtype": (lambda d: ["eval", MODEL, "--tokens", d / "t.pt", "--dtype", "int8"], "--dtype"),
     "text_and_tokens": (lambda d: ["eval", MODEL], "--text, --tokens"),
     "window_beyond_context": (
@@ -167,6 +214,7 @@ def test_output_that_holds_a_model_is_kept(run: Run, tmp_path: Path) -> None:
         ("--act-order",),
         ("--group-scales", "static"),
         ("--true-sequential",),
+        ("--keep-zeros",),
     ],
     ids=lambda option: option[0],
 )

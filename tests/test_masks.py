@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmkern
 from llmkern import LutFormat, QuantFormat, keep_masks
-from llmkern.masks import pruned_layers, recorded_layers
+from llmkern.masks import kept_mask, pruned_layers, recorded_layers
 from llmkern.prune import prune
 
 VOCAB, LAYERS = 96, 2
@@ -86,6 +86,69 @@ def test_patched_layers_keep_zeros(fmt: Any) -> None:
     before = copy.deepcopy(model)
     llmkern.patch(model, fmt)
     assert_zeros_kept(before, model)
+
+
+def zeros(model: nn.Module) -> dict[str, int]:
+    return {name: int((w == 0).sum()) for name, w in weights(model).items()}
+
+
+GPTQ: dict[str, dict[str, Any]] = {
+    "default": {},
+    "asymmetric": {"symmetric": False},
+    "dynamic": {"group_scales": "dynamic"},
+    "three_bits": {"bits": 3},
+    "one_pass": {"true_sequential": False, "clip_search": False},
+}
+
+
+@pytest.mark.parametrize("amount", [{"pattern": "2:4"}, {"sparsity": 0.7}], ids=["2:4", "70"])
+@pytest.mark.parametrize("case", list(GPTQ))
+def test_gptq_keeps_zeros(case: str, amount: dict[str, Any], tokens: Tensor) -> None:
+    model = pruned(**amount)
+    before = copy.deepcopy(model)
+    report = llmkern.quantize(model, "gptq", group_size=32, calibration=tokens, **GPTQ[case])
+    assert_zeros_kept(before, model)
+    found = zeros(model)
+    for layer in report.layers:
+        N, K = layer.shape
+        assert layer.zeros == pytest.approx(found[layer.name] / (N * K))
+
+
+def test_gptq_fills_zeros_where_it_is_told_to(tokens: Tensor) -> None:
+    model = pruned()
+    before = zeros(model)
+    llmkern.quantize(model, "gptq", group_size=32, calibration=tokens, keep_zeros=False)
+    assert all(found < before[name] for name, found in zeros(model).items())
+
+
+@pytest.mark.parametrize(
+    ("fraction", "recorded", "keep_zeros", "kept"),
+    [
+        (0.5, False, None, True),
+        (0.06, False, None, True),
+        (0.04, False, None, False),
+        (0.04, True, None, True),
+        (0.04, False, True, True),
+        (0.5, True, False, False),
+        (0.0, True, True, False),
+    ],
+)
+def test_which_zeros_are_kept(
+    fraction: float, recorded: bool, keep_zeros: bool | None, kept: bool
+) -> None:
+    weight = torch.randn(4, 100)
+    weight[:, : round(100 * fraction)] = 0
+    mask = kept_mask(weight, recorded=recorded, keep_zeros=keep_zeros)
+    assert (mask is not None) == kept
+    assert mask is None or torch.equal(mask, weight != 0)
+
+
+def test_pruning_and_quantizing_keeps_the_pattern(tokens: Tensor) -> None:
+    model = tiny()
+    llmkern.prune(model, "sparsegpt", pattern="2:4", calibration=tokens)
+    llmkern.quantize(model, "gptq", bits=4, group_size=32, calibration=tokens)
+    for name, weight in weights(model).items():
+        assert bool((weight.unflatten(1, (-1, 4)).count_nonzero(2) <= 2).all()), name
 
 
 # --- training -------------------------------------------------------------------------------------

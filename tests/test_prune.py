@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import llmkern
+from llmkern.assets import bundled_model_dir, calibration_text, evaluation_text
+from llmkern.calibrate import HessianStatistic, load_tokens, load_windows
 from llmkern.models import block_linears, find_blocks
 from llmkern.prune import METHODS, PruneReport, prune
 
@@ -221,7 +225,9 @@ class Expert(nn.Module):
 def test_expert_without_tokens_is_pruned_with_a_warning(method: str, tokens: Tensor) -> None:
     model = tiny()
     model.model.layers[0].mlp = Expert(model.model.layers[0].mlp)
-    with pytest.warns(RuntimeWarning, match="pruned without regard to its inputs") as caught:
+    with pytest.warns(
+        RuntimeWarning, match="pruned by a simpler method, because no token"
+    ) as caught:
         report = prune(model, method, sparsity=0.5, calibration=tokens)
     assert str(caught[-1].message).startswith("model.layers.0.mlp.idle.")
     assert [layer.name for layer in report.layers if not layer.factored] == [
@@ -232,8 +238,16 @@ def test_expert_without_tokens_is_pruned_with_a_warning(method: str, tokens: Ten
 
 TOKENS = torch.ones(2, 8, dtype=torch.int64)
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "method": ({"method": "snip"}, "method: got 'snip', expected one of magnitude, wanda"),
+    "method": (
+        {"method": "snip"},
+        "method: got 'snip', expected one of sparsegpt, wanda, magnitude",
+    ),
     "option": ({"dampening": 1}, "dampening: not an option of method 'wanda', expected"),
+    "foreign_option": ({"damp": 0.1}, "damp: not an option of method 'wanda', expected"),
+    "damp": (
+        {"method": "sparsegpt", "damp": 2.0},
+        r"damp: got 2.0, expected a fraction in \[0, 1\)",
+    ),
     "sparsity_one": ({"sparsity": 1.0}, r"sparsity: got 1.0, expected a fraction in \[0, 1\)"),
     "sparsity_negative": (
         {"sparsity": -0.5},
@@ -284,7 +298,7 @@ def test_bad_requests_leave_the_model_untouched(case: str) -> None:
     options, message = REFUSALS[case]
     model = tiny()
     with pytest.raises(ValueError, match=message) as caught:
-        prune(model, **{"sparsity": 0.5, "calibration": TOKENS, **options})
+        prune(model, **{"method": "wanda", "sparsity": 0.5, "calibration": TOKENS, **options})
     assert "\n" not in str(caught.value)
     assert not any(zeros(model).values())
 
@@ -317,6 +331,86 @@ def test_nan_in_the_activations_is_named_and_the_model_stays_whole(
     assert [name for name, share in zeros(model).items() if not share] == [
         f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")
     ]
+
+
+SPOILED: dict[str, tuple[Any, str]] = {
+    "nan": (lambda H: H.index_fill(1, torch.tensor([3]), torch.nan), "NaN or Inf, expected finite"),
+    "smaller": (lambda H: H[:32, :32].contiguous(), r"H: got \[32, 32\], expected \[64, 64\]"),
+}
+
+
+@pytest.mark.parametrize("case", list(SPOILED))
+def test_a_bad_hessian_names_its_layer(
+    case: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil, message = SPOILED[case]
+    finish = HessianStatistic.finish
+    monkeypatch.setattr(HessianStatistic, "finish", lambda self: spoil(finish(self)))
+    model = tiny()
+    with pytest.raises(
+        ValueError, match=rf"model.layers.0.self_attn.q_proj: .*{message}"
+    ) as caught:
+        prune(model, "sparsegpt", sparsity=0.5, calibration=tokens)
+    assert "\n" not in str(caught.value)
+    assert not any(zeros(model).values())
+
+
+def test_options_reach_sparsegpt(tokens: Tensor) -> None:
+    model = tiny()
+    changes: list[dict[str, Any]] = [
+        {},
+        {"damp": 0.5},
+        {"act_order": True},
+        {"scope": "row"},
+        {"true_sequential": False},
+    ]
+    results = []
+    for change in changes:
+        copied = copy.deepcopy(model)
+        report = prune(copied, "sparsegpt", sparsity=0.5, calibration=tokens, **change)
+        results.append(copied.get_parameter("model.layers.0.mlp.down_proj.weight").detach())
+        assert {layer.damp for layer in report.layers} == {change.get("damp", 0.01)}
+    for other in results[1:]:
+        assert not torch.equal(results[0], other)
+    ordered = copy.deepcopy(model)
+    prune(ordered, "sparsegpt", pattern="2:4", act_order=True, calibration=tokens)
+    for linear in linears(ordered).values():
+        assert bool((linear.weight.unflatten(1, (-1, 4)).count_nonzero(2) == 2).all())
+
+
+# --- the bundled, trained model -------------------------------------------------------------------
+
+
+@cache
+def bundled() -> tuple[nn.Module, Tensor, Tensor]:
+    """The model in float32, calibration windows, held-out windows."""
+    model = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_dir())
+    calibration = load_windows(calibration_text(), model, tokenizer, seq_len=256, samples=16)
+    held_out = load_tokens(evaluation_text(), model, tokenizer, seq_len=256)[:6]
+    return model, calibration, held_out
+
+
+@cache
+def kl(method: str, amount: float | str, **options: Any) -> float:
+    """KL to the original of the bundled model, pruned."""
+    reference, calibration, held_out = bundled()
+    model = copy.deepcopy(reference)
+    asked = {"pattern" if isinstance(amount, str) else "sparsity": amount}
+    prune(model, method, **asked, **data(method, calibration), **options)
+    result = llmkern.evaluate(model, held_out, reference=reference, speed=False)
+    assert result.kl is not None
+    return result.kl
+
+
+@pytest.mark.parametrize("amount", [0.5, "2:4"], ids=["50", "2:4"])
+def test_sparsegpt_beats_wanda_beats_magnitude(amount: float | str) -> None:
+    assert kl("sparsegpt", amount) < 0.8 * kl("wanda", amount)
+    assert kl("wanda", amount) < kl("magnitude", amount)
+
+
+def test_a_pattern_costs_more_than_the_same_sparsity() -> None:
+    assert kl("sparsegpt", 0.5) < kl("sparsegpt", "4:8") < kl("sparsegpt", "2:4")
 
 
 def test_nothing_is_warned_about_when_all_is_well(tokens: Tensor) -> None:

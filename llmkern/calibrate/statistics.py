@@ -9,6 +9,9 @@ from torch import Tensor
 
 from llmkern.ops import HessianFactor, factorize_hessian, hessian_update
 
+# Rows whose output energy is computed for a relative loss; all N would cost as much as the column loop.
+_ENERGY_ROWS = 256
+
 _NO_INPUT = "no calibration input ever reached it"
 _NOT_FINITE = "its calibration activations hold NaN or Inf, expected finite numbers"
 
@@ -43,7 +46,7 @@ class HessianStatistic:
         self.H = torch.zeros(K, K, dtype=torch.float32, device=device)
         self.rows = 0
         self._tokens = tokens
-        self._factors: dict[tuple[float, bool], HessianFactor] = {}
+        self._factors: dict[tuple[float, bool, int], HessianFactor] = {}
 
     def update(self, x: Tensor) -> None:
         """Add 2/n xᵀx of x [..., K]."""
@@ -67,12 +70,30 @@ class HessianStatistic:
             self._tokens = self.rows
         return self.H
 
-    def factor(self, *, damp: float, act_order: bool) -> HessianFactor:
+    def factor(self, *, damp: float, act_order: bool, unit: int = 1) -> HessianFactor:
         """`factorize_hessian` of `finish()`, done once per setting and shared by all that ask."""
-        key = (damp, act_order)
+        key = (damp, act_order, unit if act_order else 1)
         if key not in self._factors:
-            self._factors = {key: factorize_hessian(self.finish(), damp=damp, act_order=act_order)}
+            factor = factorize_hessian(self.finish(), damp=damp, act_order=act_order, unit=unit)
+            self._factors = {key: factor}
         return self._factors[key]
+
+
+def relative_loss(weight: Tensor, loss: Tensor, factor: HessianFactor) -> float:
+    """A layer's loss over w H wᵀ, estimated on evenly spaced rows; H damped, as in the loss.
+
+    Args:
+        weight: float [N, K], before it was changed.
+        loss: float [N], each row's (w - ŵ) H (w - ŵ)ᵀ.
+        factor: of H.
+    """
+    N = weight.shape[0]
+    rows = torch.arange(0, N, -(-N // _ENERGY_ROWS), device=weight.device)
+    w = weight[rows].float()
+    if factor.order is not None:
+        w = w[:, factor.order]
+    energy = float((w @ factor.U).mul_(factor.d).square().sum(dtype=torch.float64))
+    return float(loss[rows].sum(dtype=torch.float64)) / energy if energy else 0.0
 
 
 class ActivationNormStatistic:

@@ -19,7 +19,7 @@ def prune(
     context: typer.Context,
     model_dir: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    method: Annotated[str, typer.Option(help="magnitude or wanda.")] = "wanda",
+    method: Annotated[str, typer.Option(help="sparsegpt, wanda or magnitude.")] = "sparsegpt",
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of single weights to set to zero.")
     ] = None,
@@ -50,6 +50,12 @@ def prune(
     ] = None,
     owl_lambda: Annotated[
         float | None, typer.Option(help="Spread of the sparsities around the one asked for; 0.08.")
+    ] = None,
+    damp: Annotated[
+        float, typer.Option(help="Damping: fraction of the Hessian's mean diagonal.")
+    ] = 0.01,
+    act_order: Annotated[
+        bool | None, typer.Option(help="Visit columns by descending activation energy.")
     ] = None,
     bias_compensation: Annotated[
         bool | None, typer.Option(help="Let biases take up the mean of what is removed.")

@@ -20,6 +20,7 @@ _CALIBRATED = (
     "act_order",
     "group_scales",
     "true_sequential",
+    "keep_zeros",
 )
 
 
@@ -55,6 +56,10 @@ def quantize(
     ] = None,
     true_sequential: Annotated[
         bool | None, typer.Option(help="Calibrate layers on those before them in their block.")
+    ] = None,
+    keep_zeros: Annotated[
+        bool | None,
+        typer.Option(help="Keep exact zeros zero; by default in layers that have been pruned."),
     ] = None,
     rule: Annotated[
         list[str] | None,

@@ -5,6 +5,7 @@ from llmkern.prune._amount import Pattern
 from llmkern.prune._driver import METHODS, prune
 from llmkern.prune._report import LayerReport, PrunedWeight, PruneReport
 from llmkern.prune.magnitude import MagnitudeOptions
+from llmkern.prune.sparsegpt import SparseGptOptions
 from llmkern.prune.wanda import WandaOptions
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Pattern",
     "PruneReport",
     "PrunedWeight",
+    "SparseGptOptions",
     "WandaOptions",
     "keep_masks",
     "prune",

@@ -11,20 +11,21 @@ from torch import nn
 
 from llmkern._drive import sort_options
 from llmkern.calibrate.data import Source
-from llmkern.prune import magnitude, wanda
+from llmkern.prune import magnitude, sparsegpt, wanda
 from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern
 from llmkern.prune._job import Job, Method
 from llmkern.prune._report import PruneReport
 
 METHODS: dict[str, Method] = {
-    "magnitude": magnitude.METHOD,
+    "sparsegpt": sparsegpt.METHOD,
     "wanda": wanda.METHOD,
+    "magnitude": magnitude.METHOD,
 }
 
 
 def prune(
     model: nn.Module,
-    method: str = "wanda",
+    method: str = "sparsegpt",
     *,
     sparsity: float | None = None,
     pattern: str | tuple[int, int] | Pattern | None = None,
@@ -80,6 +81,7 @@ def prune(
     report.parameters_before = _parameters(model)
     job = Job(model, settings, data, amount, dict(rules or {}), report, progress)
     job.calibration, job.tokenizer = calibration, tokenizer
+    job.data_given = tuple(name for name in vars(data) if name in options)
     kind.run(job)
     report.parameters_after = _parameters(model)
     report.seconds = time.perf_counter() - start

@@ -138,8 +138,8 @@ class _Pruner:
                 linear.get_parameter("bias").add_(shift)
         if not result.factored:
             warnings.warn(
-                f"{full}: pruned without regard to its inputs, because no token reached it or its "
-                "Hessian could not be factored at any damping",
+                f"{full}: pruned by a simpler method, because no token reached it or its Hessian could "
+                "not be factored at any damping",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -15,6 +15,7 @@ from llmkern._drive import Work, for_each_layer, layer_stage, plan_layers, sort_
 from llmkern.calibrate import Block, HessianStatistic, load_windows, walk
 from llmkern.calibrate.data import Source
 from llmkern.formats.int4 import QuantFormat
+from llmkern.masks import kept_mask, recorded_layers
 from llmkern.nn import Int4Linear
 from llmkern.nn._packed_linear import dense_weight
 from llmkern.nn.int4_linear import BITS
@@ -60,8 +61,8 @@ def quantize(
         tokenizer: needed where the calibration is text.
         progress: show a progress bar with the layer, its loss and the time left.
         options: those of the method (`GptqOptions`: damp, act_order, group_scales, clip_search,
-            true_sequential; `RtnOptions`: clip_search), and for GPTQ those of `DataOptions`: samples,
-            seq_len, seed, batch_size.
+            true_sequential, keep_zeros; `RtnOptions`: clip_search), and for GPTQ those of
+            `DataOptions`: samples, seq_len, seed, batch_size.
 
     Returns:
         The report: per layer its format, loss, damping and time; what stayed dense and why.
@@ -107,8 +108,16 @@ def _gptq_stage(work: _Work, settings: GptqOptions, tokens: int) -> Callable[[Bl
     def empty(weight: Tensor) -> HessianStatistic:
         return HessianStatistic(weight.shape[1], tokens=tokens, device=weight.device)
 
+    recorded = recorded_layers(work.model)
+
     def apply(prefix: str, block: nn.Module, name: str, statistic: HessianStatistic) -> None:
-        work.compress(prefix, block, name, partial(gptq, statistic=statistic, options=settings))
+        mask = kept_mask(
+            dense_weight(block.get_submodule(name)),
+            recorded=f"{prefix}.{name}" in recorded,
+            keep_zeros=settings.keep_zeros,
+        )
+        method = partial(gptq, statistic=statistic, options=settings, mask=mask)
+        work.compress(prefix, block, name, method)
 
     return layer_stage(work, work.plans, empty, apply, sequential=settings.true_sequential)
 
@@ -126,6 +135,7 @@ class _Work(Work):
             progress=progress,
             record=partial(record_formats, model),
         )
+        self.model = model
         self._plan = plan
         self._report = report
 
@@ -172,10 +182,19 @@ class _Work(Work):
                 relative_loss=result.relative_loss,
                 damp=result.damp,
                 factored=result.factored,
+                zeros=_zeros(result, fmt),
                 seconds=time.perf_counter() - start,
             )
         )
         self.finish(full, loss=f"{result.relative_loss:.2e}")
+
+
+def _zeros(result: QuantizedWeight, fmt: QuantFormat) -> float:
+    """Fraction of a result's weights that are exactly zero."""
+    N, K = result.codes.shape
+    groups = result.codes.view(N, -1, fmt.groups(K))
+    zero = 1 << (fmt.bits - 1) if result.zeros is None else result.zeros[..., None]
+    return int((groups == zero).sum()) / max(1, N * K)
 
 
 def _pack(

@@ -41,6 +41,7 @@ class LayerReport:
         shape: (N, K).
         bits, group_size, symmetric: its format; group_size = K for one scale per row.
         loss, relative_loss, damp, factored: see `QuantizedWeight`.
+        zeros: fraction of its weights that are exactly zero, those of a pruned layer among them.
         seconds: spent on this layer, factorization included where it was the first to need it.
     """
 
@@ -53,6 +54,7 @@ class LayerReport:
     relative_loss: float
     damp: float | None
     factored: bool
+    zeros: float
     seconds: float
 
 

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkern.calibrate.statistics import HessianStatistic
+from llmkern.calibrate.statistics import HessianStatistic, relative_loss
 from llmkern.formats.int4 import QuantFormat
-from llmkern.ops import HessianFactor, obs_quantize
+from llmkern.ops import obs_quantize
 from llmkern.quantize._report import QuantizedWeight
 from llmkern.quantize.rtn import RtnOptions, rtn
-
-# Rows whose output energy is computed for the relative loss; all N would cost as much as the loop.
-_ENERGY_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -26,8 +23,9 @@ class GptqOptions:
     """Options of `gptq`.
 
     The defaults are those that left the bundled model's outputs the least changed (KL, several
-    calibration seeds): `python bench/bench_quality.py` prints the comparison. One pass per block is
-    faster than true_sequential, at a slightly larger KL there, and holds all Hessians of a block at once.
+    calibration seeds): `python bench/quality.py --suite quantize` prints the comparison. One pass per
+    block is faster than true_sequential, at a slightly larger KL there, and holds all Hessians of a block
+    at once.
 
     Attributes:
         damp: fraction of the mean of the Hessian's diagonal that is added to it, in [0, 1).
@@ -38,6 +36,8 @@ class GptqOptions:
         clip_search: shrink each group's range to the fraction with the least squared error.
         true_sequential: inside a block, let each linear see the outputs of the quantized ones before
             it; otherwise all of a block's statistics are taken in one pass, before any is quantized.
+        keep_zeros: weights that are exactly zero stay zero, and the others make up for them. None: in
+            layers that have been pruned (`llmkern.masks`). Rounding to nearest keeps every zero anyway.
     """
 
     damp: float = 0.01
@@ -45,6 +45,7 @@ class GptqOptions:
     group_scales: str = "static"
     clip_search: bool = True
     true_sequential: bool = True
+    keep_zeros: bool | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < 1:
@@ -60,9 +61,20 @@ class GptqOptions:
 
 
 def gptq(
-    weight: Tensor, fmt: QuantFormat, statistic: HessianStatistic, options: GptqOptions
+    weight: Tensor,
+    fmt: QuantFormat,
+    statistic: HessianStatistic,
+    options: GptqOptions,
+    mask: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize weight [N, K] against the Hessian of its inputs.
+
+    Args:
+        weight: float [N, K].
+        fmt: bits, group size, symmetry.
+        statistic: of the inputs; shared by all layers that read them.
+        options: all but keep_zeros, which `quantize` turns into masks.
+        mask: bool [N, K], False where the result has to be exactly zero.
 
     Returns:
         The weight; its `factored` is False if the Hessian could not be factored at any damping, or no
@@ -82,24 +94,14 @@ def gptq(
         fmt,
         group_scales=options.group_scales,
         clip_search=options.clip_search,
+        mask=mask,
     )
     return QuantizedWeight(
         codes=result.codes,
         scales=result.scales,
         zeros=result.zeros,
         loss=float(result.loss.sum(dtype=torch.float64)),
-        relative_loss=_relative(weight, result.loss, factor),
+        relative_loss=relative_loss(weight, result.loss, factor),
         damp=result.damp,
         factored=result.factored,
     )
-
-
-def _relative(weight: Tensor, loss: Tensor, factor: HessianFactor) -> float:
-    """Loss over w H wᵀ, on evenly spaced rows; H damped, as in the loss."""
-    N = weight.shape[0]
-    rows = torch.arange(0, N, -(-N // _ENERGY_ROWS), device=weight.device)
-    w = weight[rows].float()
-    if factor.order is not None:
-        w = w[:, factor.order]
-    energy = float((w @ factor.U).mul_(factor.d).square().sum(dtype=torch.float64))
-    return float(loss[rows].sum(dtype=torch.float64)) / energy if energy else 0.0

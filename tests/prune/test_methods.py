@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmkern.calibrate import ActivationNormStatistic
-from llmkern.prune import MagnitudeOptions, Pattern, PrunedWeight, WandaOptions
+from llmkern.calibrate import ActivationNormStatistic, HessianStatistic
+from llmkern.prune import (
+    MagnitudeOptions,
+    Pattern,
+    PrunedWeight,
+    SparseGptOptions,
+    WandaOptions,
+)
 from llmkern.prune.magnitude import magnitude
+from llmkern.prune.sparsegpt import sparsegpt
 from llmkern.prune.wanda import wanda
 from llmkern.testing import assert_matches
 
@@ -49,6 +56,9 @@ def test_statistic_says_what_is_wrong() -> None:
 AMOUNTS = {"half": 0.5, "none": 0.0, "most": 0.9, "2:4": Pattern(2, 4), "5:8": Pattern(5, 8)}
 
 
+SCOPE: dict[type, str | None] = {float: "row", Pattern: None}
+
+
 def check(result: PrunedWeight, w: Tensor, scores: Tensor, amount: float | Pattern) -> None:
     assert torch.equal(result.weight, torch.where(result.mask, w, 0))
     share = amount.sparsity if isinstance(amount, Pattern) else amount
@@ -85,6 +95,40 @@ def test_wanda_removes_what_matters_least_to_the_output(name: str) -> None:
             assert (
                 scores[row][result.mask[row]].min() >= scores[row].sort().values[max(gone - 1, 0)]
             )
+
+
+def hessian_of(x: Tensor) -> HessianStatistic:
+    statistic = HessianStatistic(K, tokens=len(x))
+    statistic.update(x)
+    return statistic
+
+
+@pytest.mark.parametrize("name", list(AMOUNTS))
+def test_sparsegpt_makes_up_for_what_it_removes(name: str) -> None:
+    w, x = torch.randn(N, K), inputs() @ torch.randn(K, K)
+    amount = AMOUNTS[name]
+    result = sparsegpt(w, amount, hessian_of(x), SparseGptOptions(scope=SCOPE[type(amount)]))
+    assert not result.weight[~result.mask].any()
+    share = amount.sparsity if isinstance(amount, Pattern) else amount
+    assert abs(float((~result.mask).double().mean()) - share) <= 0.5 / K
+    H = 2 / ROWS * (x.double().T @ x.double())
+    H += 0.01 * H.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    error = result.weight.double() - w.double()
+    loss = float(((error @ H) * error).sum())
+    energy = float(((w.double() @ H) * w.double()).sum())
+    assert result.loss == pytest.approx(loss, rel=1e-3, abs=1e-6 * energy)
+    assert result.relative_loss == pytest.approx(loss / energy, rel=1e-3, abs=1e-6)
+    assert (result.damp, result.factored) == (0.01, True)
+    if amount:
+        plain = wanda(w, amount, statistic_of(x), WandaOptions()).weight.double() - w.double()
+        assert loss < 0.9 * float(((plain @ H) * plain).sum())
+
+
+def test_sparsegpt_without_inputs_goes_by_magnitude() -> None:
+    w = torch.randn(N, K)
+    result = sparsegpt(w, 0.5, HessianStatistic(K, tokens=ROWS), SparseGptOptions())
+    assert not result.factored
+    assert torch.equal(result.mask, magnitude(w, 0.5, None, MagnitudeOptions()).mask)
 
 
 def test_scope_layer_lets_rows_lose_unequally() -> None:

@@ -131,3 +131,17 @@ def test_nan_in_the_weight_is_refused(bad: float) -> None:
     w[3, 5] = bad
     with pytest.raises(ValueError, match="NaN or Inf"):
         gptq(w, QuantFormat(4, 32), statistic_of(correlated()), GptqOptions())
+
+
+def test_a_mask_is_made_up_for() -> None:
+    """Nearer than zeros that are put back when all is done."""
+    x, fmt = correlated(), QuantFormat(3, 32)
+    w = torch.randn(24, K)
+    w[:, ::2] = 0
+    masked = gptq(w, fmt, statistic_of(x), GptqOptions(), mask=w != 0)
+    assert not dequantize(masked, 3)[w == 0].any()
+    filled = dequantize(gptq(w, fmt, statistic_of(x), GptqOptions()), 3)
+    assert filled[w == 0].any()
+    error = filled.masked_fill(w == 0, 0) - w.double()
+    H = damped(x, 0.01)
+    assert masked.loss < 0.8 * float(((error @ H) * error).sum())
