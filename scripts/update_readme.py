@@ -5,6 +5,7 @@ python scripts/update_readme.py --check    fails if README.md is not what the re
 
 A table stands between `<!-- results: FILE BENCH -->` and `<!-- end -->`; BENCH:grid has a column per
 number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x N) only.
+"quality:SUITE" is a suite of bench/quality.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -147,6 +149,25 @@ def demo_table(report: dict[str, Any]) -> str:
     return f"{_render(table)}\n`make demo`: {report['protocol']}; {report['hardware']['cpu']}.\n"
 
 
+def quality_table(record: dict[str, Any]) -> str:
+    """One suite of bench/quality.py as a Markdown table; the protocol and the command below it."""
+    titles = ("variant", "KL (nats)", "perplexity", "top-1 agreement", "parameters", "zeros")
+    table = Table(*titles, box=box.MARKDOWN)
+    table.add_row("original", "–", f"{record['perplexity']:.3f}", "–", "", "")
+    for row in record["rows"]:
+        mean = {key: fmean(run[key] for run in row["runs"]) for key in row["runs"][0]}
+        table.add_row(
+            row["variant"],
+            f"{mean['kl']:.4f}",
+            f"{mean['perplexity']:.3f}",
+            f"{mean['top1']:.3f}",
+            f"{mean['parameters'] / 1e6:.2f} M",
+            f"{100 * mean['zeros']:.0f} %",
+        )
+    source = _runs({"runs": [record["run"]]})
+    return f"{_render(table)}\n{record['model']}: {record['protocol']}. {source}"
+
+
 def _render(table: Table) -> str:
     out = io.StringIO()
     Console(file=out, width=400).print(table)
@@ -164,6 +185,8 @@ def _block(match: re.Match[str]) -> str:
     name, form, shape, *_ = *bench.split(":"), "", ""
     if name == "demo":
         body = demo_table(record)
+    elif name == "quality":
+        body = quality_table(record[form])
     else:
         body = grid_table(record[name], shape) if form == "grid" else bench_table(record[name])
     return f"{start}{body}{end}"

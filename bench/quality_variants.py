@@ -1,0 +1,102 @@
+"""What bench/quality.py measures: suites of variants, each a call of llmkern's own drivers.
+
+A variant is (driver, method, options). `llmkern.quantize` and `llmkern.prune` take them; calibration
+data, tokenizer and seed are added by the bench where the variant calibrates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compress the model.
+
+    Attributes:
+        name: in the table.
+        driver: "quantize" or "prune".
+        method: of the driver.
+        options: for the driver, without those of the data.
+        calibrated: takes calibration data, so that seeds matter.
+    """
+
+    name: str
+    driver: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    calibrated: bool = True
+
+
+def _quantize(bits: int) -> list[Variant]:
+    """The plain methods, GPTQ's defaults, and the defaults with one thing changed."""
+    plain = {"clip_search": False}
+    gptq: dict[str, dict[str, Any]] = {
+        "plain, natural order, static": plain | {"act_order": False},
+        "plain, natural order, dynamic": plain | {"group_scales": "dynamic"},
+        "plain, act_order": plain,
+        "defaults": {},
+        "natural order": {"act_order": False},
+        "dynamic": {"group_scales": "dynamic"},
+        "one pass": {"true_sequential": False},
+        "asymmetric": {"symmetric": False},
+        "damp 0.003": {"damp": 0.003},
+        "damp 0.03": {"damp": 0.03},
+        "damp 0.1": {"damp": 0.1},
+        "per channel": {"group_size": None},
+    }
+    rtn: dict[str, dict[str, Any]] = {
+        "rtn": plain,
+        "rtn asymmetric": plain | {"symmetric": False},
+        "rtn clip_search": {"clip_search": True},
+    }
+    width = {"bits": bits}
+    return [
+        *(
+            Variant(f"{bits}-bit {name}", "quantize", "rtn", width | options, calibrated=False)
+            for name, options in rtn.items()
+        ),
+        *(
+            Variant(f"{bits}-bit gptq, {name}", "quantize", "gptq", width | options)
+            for name, options in gptq.items()
+        ),
+    ]
+
+
+def _prune() -> list[Variant]:
+    """Single weights: the three methods at 50 % and 2:4."""
+    amounts: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
+    return [
+        Variant(f"{method} {label}", "prune", method, amount, calibrated=method != "magnitude")
+        for label, amount in amounts.items()
+        for method in ("magnitude", "wanda", "sparsegpt")
+    ]
+
+
+def _prune_options() -> list[Variant]:
+    """What the options of pruning single weights do at 60 %."""
+    half = {"sparsity": 0.6}
+    options: dict[str, tuple[str, dict[str, Any]]] = {
+        "wanda": ("wanda", {}),
+        "wanda, scope layer": ("wanda", {"scope": "layer"}),
+        "wanda, true_sequential": ("wanda", {"true_sequential": True}),
+        "wanda, owl": ("wanda", {"allocation": "owl"}),
+        "sparsegpt": ("sparsegpt", {}),
+        "sparsegpt, scope row": ("sparsegpt", {"scope": "row"}),
+        "sparsegpt, one pass": ("sparsegpt", {"true_sequential": False}),
+        "sparsegpt, act_order": ("sparsegpt", {"act_order": True}),
+        "sparsegpt, damp 0.1": ("sparsegpt", {"damp": 0.1}),
+        "sparsegpt, owl": ("sparsegpt", {"allocation": "owl"}),
+    }
+    return [
+        Variant(f"60 % {name}", "prune", method, half | changes)
+        for name, (method, changes) in options.items()
+    ]
+
+
+SUITES: dict[str, list[Variant]] = {
+    "prune": _prune(),
+    "prune-options": _prune_options(),
+    "quantize": [*_quantize(4), *_quantize(3)],
+}
