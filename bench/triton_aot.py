@@ -36,6 +36,8 @@ from llmkern.triton_kernels import (
     kd_loss,
     lut4_gemm,
     obs_quantize,
+    sparse24_gemm,
+    sparse24_w4a16_gemm,
     w4a16_gemm,
 )
 from rich.console import Console
@@ -173,14 +175,54 @@ def _lut4(
     lut4_gemm.launch(x, qweight, book, scales, bias, group_size, "canonical", out, config)
 
 
+def _sparse24(
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+    dtype: torch.dtype,
+    config: configs.Config | None = None,
+) -> None:
+    """Values have no groups."""
+    x, bias = torch.empty(M, K, dtype=dtype), torch.empty(N, dtype=dtype)
+    values, meta = torch.empty(N, K // 2, dtype=dtype), torch.empty(N, K // 8, dtype=torch.uint8)
+    out = torch.empty(M, N, dtype=dtype)
+    sparse24_gemm.launch(x, values, meta, bias, "canonical", out, config)
+
+
+def _sparse24_codes(
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+    dtype: torch.dtype,
+    config: configs.Config | None = None,
+) -> None:
+    x, bias = torch.empty(M, K, dtype=dtype), torch.empty(N, dtype=dtype)
+    _, *grids = _weight(N, K, group_size)
+    qvalues = torch.empty(N, K // 16, dtype=torch.int32)
+    meta = torch.empty(N, K // 8, dtype=torch.uint8)
+    out = torch.empty(M, N, dtype=dtype)
+    weight = (qvalues, meta, *grids)
+    sparse24_w4a16_gemm.launch(x, *weight, bias, group_size, "canonical", out, config)
+
+
+GEMMS: dict[str, Callable[..., None]] = {
+    "w4a16_gemm": _gemm,
+    "lut4_gemm": _lut4,
+    "sparse24_gemm": _sparse24,
+    "sparse24_w4a16_gemm": _sparse24_codes,
+}
+
+
 def _table_cases() -> dict[str, Callable[[], None]]:
     """Every tile in the table of configs, in each group size that makes it another one."""
     cases: dict[str, Callable[[], None]] = {}
     for (op, x), rows in configs.table().items():
-        launch = {"w4a16_gemm": _gemm, "lut4_gemm": _lut4}[op]
+        launch = GEMMS[op]
         dtypes = (F32,) if x == "float32" else (BF16, F16)
         for tile in dict.fromkeys(replace(row.config, SPLIT_K=2) for row in rows):
-            for group_size in (128, 64, 32):
+            for group_size in (128,) if op == "sparse24_gemm" else (128, 64, 32):
                 config = tile.for_groups(group_size)
                 if group_size < 128 and config in (tile, tile.for_groups(2 * group_size)):
                     continue
@@ -280,6 +322,11 @@ CASES: dict[str, Callable[[], None]] = {
     "w4a16 one output": partial(_gemm, 1, 1, 4096, 4096, BF16),
     "w4a16 one row of w": partial(_gemm, 2, 1, 32, 32, BF16),
     "w4a16 float32, one row of w": partial(_gemm, 5, 1, 32, 32, F32),
+    # The last tile of K is cut off.
+    "sparse24_gemm bfloat16 tile 16 odd K": partial(_sparse24, 16, 4096, 4104, 0, BF16),
+    "sparse24_gemm float32 gemv 1 odd K": partial(_sparse24, 1, 4096, 4104, 0, F32),
+    "sparse24_gemm bfloat16, one output": partial(_sparse24, 1, 1, 8, 0, BF16),
+    "sparse24_w4a16_gemm float32, one row of w": partial(_sparse24_codes, 5, 1, 32, 32, F32),
     "dequantize one row": partial(_dequantize, 1, 32, 32, BF16),
     "hessian of one number": partial(_hessian, 1, BF16, 1),
     "obs of one number": partial(_obs, 1, 1, 1),

@@ -15,12 +15,21 @@ from typing import Annotated
 import typer
 from llmkern.triton_kernels.configs import PATH, Config, Key, Row, dump, parse
 
-OPS = ("lut4_gemm", "w4a16_gemm")
+OPS = ("lut4_gemm", "sparse24_gemm", "sparse24_w4a16_gemm", "w4a16_gemm")
 SMS = (58, 108, 132)  # L4; A100; H100, H200
-M_LIMITS = {"16-bit": (1, 2, 4, 16, 32, 64, 128, 512, None), "float32": (1, 2, 4, 32, None)}
+KINDS = ("16-bit", "float32")  # of x
 N_LIMITS = (1024, 2048, 4096, 8192, 16384, None)
 K_LIMITS = (1024, 4096, None)
 ESTIMATE = "estimate"
+
+
+def m_limits(op: str, x: str) -> tuple[int | None, ...]:
+    """The numbers of rows of x that each have tiles of their own."""
+    if x == "float32":
+        return 1, 2, 4, 32, None
+    # Putting values in their places costs more than multiplying: few rows leave that to tensor cores.
+    few = () if op.startswith("sparse24") else (1, 2, 4)
+    return *few, 16, 32, 64, 128, 512, None
 
 
 def split_k(tiles: int, K: int, least_k: int, programs: int) -> int:
@@ -54,7 +63,7 @@ def estimate(key: Key) -> Config:
 def estimates(op: str, x: str, sms: int) -> list[Row]:
     """Rows for every class, where neighbours that agree are one."""
     rows = []
-    for M in M_LIMITS[x]:
+    for M in m_limits(op, x):
         kept: list[list[Row]] = []
         for N in N_LIMITS:
             by_k = [Row(k := Key(op, x, sms, M, N, K), estimate(k), ESTIMATE) for K in K_LIMITS]
@@ -72,7 +81,7 @@ def _same(a: list[Row], b: list[Row]) -> bool:
 
 
 def all_estimates() -> list[Row]:
-    return [row for op in OPS for x in M_LIMITS for sms in SMS for row in estimates(op, x, sms)]
+    return [row for op in OPS for x in KINDS for sms in SMS for row in estimates(op, x, sms)]
 
 
 app = typer.Typer(add_completion=False)

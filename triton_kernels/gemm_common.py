@@ -1,10 +1,13 @@
-"""Product with a 4-bit weight, out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]: what its formats share.
+"""Product with a packed weight, out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]: what its formats share.
 
-w[n, k] = scales[n, k // group_size] * value(codes[n, k]). A format gives three device functions:
+w[n, k] = scales[n, k // group_size] * value[n, k]. A word is what holds 8 consecutive k of a row; a
+format gives four device functions:
 
     LOAD_PARAMS(param_ptr, rows, groups, num_groups, mask)   what decoding takes, in mask's shape,
                                   which broadcasts against words
-    PLANE(words, params, i)       float32 values of code i of every word, in words' shape
+    LOAD_WORDS(weight_ptr, offsets, mask, params)   words at their numbers n * K / 8 + k / 8, int32 or
+                                  whatever the next two take; zeros where mask is not set
+    PLANE(words, params, i)       float32 values of k = 8 j + i of every word, in words' shape
     TILE(words, params, DTYPE)    all of them: words [N, W] to values [N, 8 W]
 
 Two kernels read the weight, at small M bound by that stream, at large M by the tensor cores:
@@ -57,6 +60,12 @@ def words_of_split(K, split_words):
 
 
 @triton.jit
+def load_words(weight_ptr, offsets, mask, params):
+    """LOAD_WORDS of formats that keep 8 codes in an int32."""
+    return tl.load(weight_ptr + offsets, mask=mask, other=0)
+
+
+@triton.jit
 def load_scales(scales_ptr, rows, groups, num_groups, mask):
     """Scales of `rows` in `groups` as float32; 1 where scales_ptr is None."""
     if scales_ptr is None:
@@ -98,7 +107,7 @@ def store_tile(acc, out_ptr, bias_ptr, rows, cols, M, N):
 @triton.jit
 def gemv_kernel(
     x_ptr,
-    qweight_ptr,
+    weight_ptr,
     scales_ptr,
     param_ptr,
     bias_ptr,
@@ -110,15 +119,17 @@ def gemv_kernel(
     split_words,
     GROUP_SIZE: tl.constexpr,
     LOAD_PARAMS: tl.constexpr,
+    LOAD_WORDS: tl.constexpr,
     PLANE: tl.constexpr,
     TILE: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """BLOCK_K is cut into spans that lie in one group each. TILE is not called."""
+    """BLOCK_K is cut into spans that lie in one group each. TILE is not called, EVEN_K not asked."""
     rows, first_m = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     first, last = words_of_split(K, split_words)
     num_groups = K // GROUP_SIZE
@@ -133,14 +144,12 @@ def gemv_kernel(
         spans = start + tl.arange(0, SPANS) * SPAN
         offs_w = spans[:, None] + tl.arange(0, SPAN)[None, :]
         mask_w = offs_w < last  # [SPANS, SPAN]
-        words = tl.load(
-            qweight_ptr + rows_w * (K // 8) + offs_w[None, :, :],
-            mask=mask_n & mask_w[None, :, :],
-            other=0,
-        )  # [BLOCK_N, SPANS, SPAN]
         groups = (spans // (GROUP_SIZE // 8))[None, :, None]
         mask = mask_n & (spans < last)[None, :, None]
         params = LOAD_PARAMS(param_ptr, rows_w, groups, num_groups, mask)
+        offsets = rows_w * (K // 8) + offs_w[None, :, :]
+        mask_words = mask_n & mask_w[None, :, :]
+        words = LOAD_WORDS(weight_ptr, offsets, mask_words, params)  # [BLOCK_N, SPANS, SPAN]
         scales = load_scales(scales_ptr, rows_w, groups, num_groups, mask)
         for i in tl.static_range(BLOCK_M):
             # Rows beyond the last are computed as the last one, and not stored.
@@ -158,7 +167,7 @@ def gemv_kernel(
 @triton.jit
 def tile_kernel(
     x_ptr,
-    qweight_ptr,
+    weight_ptr,
     scales_ptr,
     param_ptr,
     bias_ptr,
@@ -170,15 +179,17 @@ def tile_kernel(
     split_words,
     GROUP_SIZE: tl.constexpr,
     LOAD_PARAMS: tl.constexpr,
+    LOAD_WORDS: tl.constexpr,
     PLANE: tl.constexpr,
     TILE: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Every K in the split is whole tiles; PLANE is not called."""
+    """Every K in the split is whole tiles, but for the last where not EVEN_K; PLANE is not called."""
     rows, first_m = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     cols = first_m + tl.arange(0, BLOCK_M)
     rows_w = rows[:, None]
@@ -190,17 +201,18 @@ def tile_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(first, last, BLOCK_K // 8, num_stages=NUM_STAGES):
         offs_w = start + tl.arange(0, BLOCK_K // 8)
-        words = tl.load(
-            qweight_ptr + rows_w * (K // 8) + offs_w[None, :], mask=mask_n, other=0
-        )  # [BLOCK_N, BLOCK_K / 8]
         offs_k = start * 8 + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + cols.to(tl.int64)[None, :] * stride_xm + offs_k[:, None],
-            mask=mask_m[None, :],
-            other=0.0,
-        )  # [BLOCK_K, BLOCK_M]
+        mask_w, mask_x = mask_n, mask_m[None, :]
+        if not EVEN_K:
+            mask_w = mask_w & (offs_w < last)[None, :]
+            mask_x = mask_x & (offs_k < K)[:, None]
         group = start // (GROUP_SIZE // 8)
         params = LOAD_PARAMS(param_ptr, rows_w, group, num_groups, mask_n)
+        offsets = rows_w * (K // 8) + offs_w[None, :]
+        words = LOAD_WORDS(weight_ptr, offsets, mask_w, params)  # [BLOCK_N, BLOCK_K / 8]
+        x = tl.load(
+            x_ptr + cols.to(tl.int64)[None, :] * stride_xm + offs_k[:, None], mask=mask_x, other=0.0
+        )  # [BLOCK_K, BLOCK_M]
         scales = load_scales(scales_ptr, rows_w, group, num_groups, mask_n)
         if scales_ptr is None:
             acc = dot(TILE(words, params, dtype), x, acc)
@@ -236,14 +248,16 @@ def run(
     config: Config,
     decoder: Mapping[str, Any],
     x: torch.Tensor,
-    qweight: torch.Tensor,
+    weight: torch.Tensor | tuple[torch.Tensor, ...],
     scales: torch.Tensor | None,
     params: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
     out: torch.Tensor,
 ) -> None:
-    """Write the product to out [M, N]; `decoder` has the format's LOAD_PARAMS, PLANE and TILE.
+    """Write the product to out [M, N]; `decoder` has the format's functions.
+
+    LOAD_WORDS is load_words unless it is there, and `weight` what it takes.
 
     Allocates float32 [SPLIT_K, M, N] where K is split.
     """
@@ -263,7 +277,7 @@ def run(
     with on_device(x):
         KERNELS[config.kernel][(tiles, splits)](
             x,
-            qweight,
+            weight,
             scales,
             params,
             target_bias,
@@ -275,6 +289,7 @@ def run(
             split_words,
             GROUP_SIZE=group_size,
             SCALE_SUMS=config.SCALE_SUMS,
+            EVEN_K=K % config.BLOCK_K == 0,
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             BLOCK_K=config.BLOCK_K,
@@ -282,7 +297,7 @@ def run(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,
-            **decoder,
+            **{"LOAD_WORDS": load_words, **decoder},
         )
         if splits > 1:
             reduce_kernel[(triton.cdiv(M * N, 1024),)](

@@ -41,7 +41,7 @@ def select_config(M: int, N: int, K: int, sm: int) -> Config:
     return Config("tile", 64, 1, bulk)
 
 
-def refuse_cuda(x: Tensor, weight: Tensor, layout: str) -> str | None:
+def refuse(x: Tensor, weight: Tensor, layout: str) -> str | None:
     """Why the compiled CUDA kernels cannot serve a product, or None."""
     if reason := _backends.refuse_cuda(x.device):
         return reason

@@ -49,6 +49,8 @@ def check_weight(op: str, values: Tensor, meta: Tensor, layout: str) -> None:
     name = str(kind).removeprefix("torch.")
     wanted = f"{name} of {dims[1]} dimensions ({layout} layout)"
     expect(meta.dim() == dims[1] and meta.dtype == kind, op, "meta", meta, wanted)
+    if layout == "cuda" and values.dtype == torch.float32:
+        expect(False, op, "values", values, "bfloat16 or float16 (cuda layout)")
     N, K = weight_shape(values, meta, layout)
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
         "canonical": ((N, K // 2), (N, K // 8)),

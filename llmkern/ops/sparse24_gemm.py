@@ -13,6 +13,8 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
+from llmkern.ops import _sparse24_cuda
+from llmkern.ops._int4_weight import refuse_triton_weight
 from llmkern.ops._library import FLOATS, LIBRARY, expect, register
 from llmkern.ops._sparse24_weight import canonical_weight, check_weight, weight_shape
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
@@ -31,9 +33,33 @@ def _refuse_missing(*_: Any) -> str:
     return "this version has no such kernel"
 
 
+def _refuse_cuda(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
+) -> str | None:
+    return _sparse24_cuda.refuse(x, values, layout)
+
+
+def _launch_cuda(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
+) -> None:
+    _sparse24_cuda.launch_values(x, values, bias, out)
+
+
+def _refuse_triton(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
+) -> str | None:
+    return refuse_triton_weight(values, layout)
+
+
+def _launch_triton(*args: Any) -> None:
+    from llmkern.triton_kernels.sparse24_gemm import launch
+
+    launch(*args)
+
+
 BACKENDS = (
-    Backend("cuda", _refuse_missing, _launch_reference),
-    Backend("triton", _refuse_missing, _launch_reference),
+    Backend("cuda", _refuse_cuda, _launch_cuda),
+    Backend("triton", _refuse_triton, _launch_triton),
     Backend("cpu", _refuse_missing, _launch_reference),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
@@ -113,6 +139,10 @@ def sparse24_gemm(
 
     Columns of x that a row of w does not keep are not read for it: a NaN or Inf there may or may not
     reach that output. One in a kept column does.
+
+    On CUDA devices the cuda layout with 16-bit x runs on the sparse tensor cores (mma.sp), which also
+    halve the arithmetic; the canonical layout, and float32 x, run in Triton, which reads what is stored
+    and multiplies all of it.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], any leading shape; K a multiple of 8.

@@ -33,8 +33,8 @@ def test_every_shape_has_a_config_whose_tiles_lie_in_one_group(op: str, float32:
 
 def test_the_merged_rows_give_what_each_class_was_estimated() -> None:
     for op in tune_triton.OPS:
-        for x, m_limits in tune_triton.M_LIMITS.items():
-            for M in m_limits:
+        for x in tune_triton.KINDS:
+            for M in tune_triton.m_limits(op, x):
                 for N in tune_triton.N_LIMITS:
                     for K in tune_triton.K_LIMITS:
                         wanted = tune_triton.estimate(configs.Key(op, x, 132, M, N, K))
