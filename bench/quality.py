@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import _report
 import torch
 import typer
-from quality_variants import SUITES, Variant
+from quality_variants import DEFAULT, SUITES, Variant
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ MODEL, CALIBRATION, EVALUATION = bundled_model_dir(), calibration_text(), evalua
 def main(
     *,
     suite: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(SUITES)}; repeatable  [default: prune]")
+        list[str] | None,
+        typer.Option(help=f"{', '.join(SUITES)}; repeatable  [default: {', '.join(DEFAULT)}]"),
     ] = None,
     model_dir: Annotated[Path, typer.Option("--model")] = MODEL,
     calibration: Annotated[Path, typer.Option(help="text")] = CALIBRATION,
@@ -49,7 +50,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Compress the model with every variant of the suites and compare with the original."""
-    chosen = suite or ["prune"]
+    chosen = suite or DEFAULT
     for name in chosen:
         if name not in SUITES:
             raise typer.BadParameter(f"got {name!r}, expected one of {', '.join(SUITES)}")

@@ -100,3 +100,6 @@ SUITES: dict[str, list[Variant]] = {
     "prune-options": _prune_options(),
     "quantize": [*_quantize(4), *_quantize(3)],
 }
+
+# What is measured where no suite is named.
+DEFAULT = ["prune"]

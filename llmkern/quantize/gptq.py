@@ -37,7 +37,8 @@ class GptqOptions:
         true_sequential: inside a block, let each linear see the outputs of the quantized ones before
             it; otherwise all of a block's statistics are taken in one pass, before any is quantized.
         keep_zeros: weights that are exactly zero stay zero, and the others make up for them. None: in
-            layers that have been pruned (`llmkern.masks`). Rounding to nearest keeps every zero anyway.
+            layers that the model's config records as pruned, or with at least 5 % of exact zeros.
+            Rounding to nearest keeps every zero anyway.
     """
 
     damp: float = 0.01
