@@ -4,9 +4,10 @@ from pathlib import Path as _Path
 
 from llmkern._backends import use_backend
 from llmkern._version import __version__
-from llmkern.evaluate import (
-    evaluate,
-)  # this, patch, prune and quantize stand before their submodules
+
+# These functions, patch, prune and quantize stand before the submodules of their names.
+from llmkern.distill import distill
+from llmkern.evaluate import evaluate
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
 from llmkern.hf import accelerate, load, save
@@ -28,6 +29,7 @@ __all__ = [
     "QuantFormat",
     "__version__",
     "accelerate",
+    "distill",
     "evaluate",
     "keep_masks",
     "load",

@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "quantize": {"_drive", "calibrate", "formats", "masks", "nn", "ops", "patch"},
     "prune": {"_drive", "calibrate", "masks", "models", "nn", "ops", "patch"},
     "evaluate": {"calibrate", "formats", "models", "nn"},
+    "train": set(),
+    "distill": {"calibrate", "masks", "models", "nn", "ops", "reference", "train"},
     "testing": {"formats", "ops", "reference"},
 }
 

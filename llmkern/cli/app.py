@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,3 +52,13 @@ def open_tokenizer(model_dir: str) -> Any:
     if not any(Path(model_dir).glob("tokenizer*")):
         return None
     return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+
+
+def given_options(context: typer.Context, own: Sequence[str]) -> dict[str, Any]:
+    """The options that were written on the command line, without those in `own`."""
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if name not in own and source is not None and source.name != "DEFAULT":
+            given[name] = value
+    return given

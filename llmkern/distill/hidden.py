@@ -1,0 +1,102 @@
+"""Hidden states and attention maps of the teacher as targets, beside its soft labels.
+
+Layers are paired evenly; where the widths differ, a learned projection (dropped afterwards) takes the
+student's states to the teacher's width (FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.distill._heads import Outputs
+from llmkern.distill.soft import SoftOptions
+from llmkern.models import find_blocks, text_config
+
+
+@dataclass(frozen=True)
+class HiddenOptions(SoftOptions):
+    """Options of white-box distillation; those of soft labels, and
+
+    Attributes:
+        hidden_weight: weight of the mean squared error of the hidden states, relative to the
+            teacher's mean square.
+        attention_weight: weight of the mean squared error of the attention maps, averaged over heads
+            where their numbers differ; needs attn_implementation "eager" in both models.
+        layers: pairs "student:teacher" of block numbers from 1, as in ("1:2", "2:4"); None pairs every
+            block of the student with the one at the same depth of the teacher.
+    """
+
+    hidden_weight: float = 1.0
+    attention_weight: float = 0.0
+    layers: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_weight", "attention_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
+
+
+class HiddenLoss(nn.Module):
+    """The additional terms; its parameters are the projections."""
+
+    def __init__(self, student: Any, teacher: Any, options: HiddenOptions) -> None:
+        super().__init__()
+        self._options = options
+        depths = len(find_blocks(student)), len(find_blocks(teacher))
+        self._pairs = _pairs(options.layers, *depths)
+        if options.attention_weight:
+            for name, model in (("student", student), ("teacher", teacher)):
+                kind = getattr(model.config, "_attn_implementation", None)
+                if kind != "eager":
+                    raise ValueError(
+                        f"attention_weight: got {options.attention_weight} with {kind!r} attention in "
+                        f"the {name}, expected attn_implementation='eager', which alone returns maps"
+                    )
+        narrow, wide = (int(text_config(model).hidden_size) for model in (student, teacher))
+        weight = next(student.parameters())
+        self.projections = nn.ModuleList()
+        if narrow != wide:
+            self.projections.extend(
+                nn.Linear(narrow, wide, bias=False, device=weight.device, dtype=weight.dtype)
+                for _ in self._pairs
+            )
+
+    def forward(self, student: Outputs, teacher: Outputs, counts: Tensor) -> dict[str, Tensor]:
+        """{"hidden", "attention"}: means over pairs; `counts` bool [B, T] are the tokens in the mean."""
+        hidden = []
+        for i, (mine, theirs) in enumerate(self._pairs):
+            a, b = student.states[mine - 1], teacher.states[theirs - 1].detach()
+            if len(self.projections):
+                a = self.projections[i](a)
+            a, b = a[counts].float(), b[counts].float()
+            hidden.append((a - b).square().mean() / b.square().mean().clamp(min=1e-12))
+        losses = {"hidden": torch.stack(hidden).mean()}
+        if self._options.attention_weight:
+            maps = []
+            for mine, theirs in self._pairs:
+                a, b = student.attentions[mine - 1].float(), teacher.attentions[theirs - 1].float()
+                if a.shape[1] != b.shape[1]:
+                    a, b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
+                maps.append((a - b).square().sum(-1).mean())
+            losses["attention"] = torch.stack(maps).mean()
+        return losses
+
+
+def _pairs(layers: tuple[str, ...] | None, mine: int, theirs: int) -> list[tuple[int, int]]:
+    if layers is None:
+        return [(i, max(1, round(i * theirs / mine))) for i in range(1, mine + 1)]
+    pairs = []
+    for entry in layers:
+        a, colon, b = entry.partition(":")
+        if not (colon and a.isdigit() and b.isdigit()):
+            raise ValueError(f"layers: got {entry!r}, expected STUDENT:TEACHER such as 2:4")
+        pair = (int(a), int(b))
+        if not (1 <= pair[0] <= mine and 1 <= pair[1] <= theirs):
+            raise ValueError(f"layers: got {entry!r}, expected blocks 1 to {mine} : 1 to {theirs}")
+        pairs.append(pair)
+    return pairs

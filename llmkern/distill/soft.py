@@ -1,0 +1,111 @@
+"""Soft labels: cross-entropy on the data and a divergence from the teacher's distribution.
+
+Hinton et al. 2015, arXiv 1503.02531; the loss is `llmkern.ops.kd_loss`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmkern.distill._heads import Outputs
+from llmkern.ops.kd_loss import kd_loss
+from llmkern.reference.kd_loss import DIVERGENCES
+from llmkern.reference.kd_loss import kd_loss as plain_loss
+
+
+@dataclass(frozen=True)
+class SoftOptions:
+    """Options of soft-label distillation.
+
+    Attributes:
+        alpha: weight of the divergence from the teacher, in [0, 1]; 0 trains on the data alone.
+        temperature: T of both softmaxes; the divergence is multiplied by T^2.
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        beta: of "jsd", in (0, 1).
+    """
+
+    alpha: float = 0.5
+    temperature: float = 2.0
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha: got {self.alpha}, expected a weight in [0, 1]")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: got {self.temperature}, expected a positive number")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(
+                f"divergence: got {self.divergence!r}, expected one of {', '.join(DIVERGENCES)}"
+            )
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta: got {self.beta}, expected a weight in (0, 1)")
+
+
+def soft_loss(
+    student: Outputs,
+    teacher: Outputs | None,
+    labels: Tensor,
+    options: SoftOptions,
+    num_items: float,
+) -> dict[str, Tensor]:
+    """{"loss", "ce", "kd"} of a batch.
+
+    Args:
+        student, teacher: of the same tokens [B, T]; no teacher if alpha is 0.
+        labels: int64 [B, T], the tokens themselves, -100 where they are not to be predicted.
+        options: the loss.
+        num_items: what the sums are divided by.
+    """
+    wanted = labels[:, 1:]
+    if student.hidden is None or student.head is None:
+        return _from_logits(student, teacher, wanted, options, num_items)
+    teacher_logits = teacher_hidden = teacher_head = None
+    if teacher is not None and teacher.hidden is not None and teacher.head is not None:
+        # Equal tokenizers, but the teacher's table may be padded.
+        teacher_hidden, teacher_head = teacher.hidden[:, :-1], teacher.head[: len(student.head)]
+    elif teacher is not None:
+        teacher_logits = teacher.all_logits()[:, :-1, : len(student.head)]
+    out = kd_loss(
+        student.hidden[:, :-1],
+        student.head,
+        wanted,
+        teacher_logits=teacher_logits,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        alpha=options.alpha,
+        temperature=options.temperature,
+        divergence=options.divergence,
+        beta=options.beta,
+        num_items=num_items,
+    )
+    return {"loss": out.loss, "ce": out.ce, "kd": out.kd}
+
+
+def _from_logits(
+    student: Outputs,
+    teacher: Outputs | None,
+    wanted: Tensor,
+    options: SoftOptions,
+    num_items: float,
+) -> dict[str, Tensor]:
+    """For a head with a bias, a cap or a scale: its logits for all tokens, as the model makes them."""
+    logits = student.all_logits()[:, :-1].flatten(0, 1).float()
+    if teacher is None:
+        ce = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="sum")
+        return {"loss": ce / num_items, "ce": ce / num_items, "kd": torch.zeros_like(ce)}
+    target = teacher.all_logits()[:, :-1, : logits.shape[-1]].flatten(0, 1).float()
+    losses = plain_loss(
+        logits,
+        target,
+        wanted.flatten(),
+        alpha=options.alpha,
+        temperature=options.temperature,
+        divergence=options.divergence,
+        beta=options.beta,
+    )
+    share = (wanted != -100).sum() / num_items
+    return {name: v * share for name, v in zip(("loss", "ce", "kd"), losses, strict=True)}
