@@ -167,6 +167,13 @@ def weight(N: int, K: int) -> Tensor:
     return torch.randn(N, K) / K**0.5
 
 
+def sparse24_weight(N: int, K: int) -> Tensor:
+    """`weight` with the two smallest of every four columns pruned."""
+    groups = weight(N, K).view(N, K // 4, 4)
+    smallest = groups.abs().topk(2, -1, largest=False).indices
+    return groups.scatter(2, smallest, 0.0).view(N, K)
+
+
 def round_to_nearest(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Symmetric 4-bit codes, uint8 [N, K] with 8 for zero, and bfloat16 scales [N, K/group_size]."""
     groups = w.unflatten(1, (-1, group_size))
@@ -198,6 +205,7 @@ def cases(
     rows: Sequence[int],
     weight_bytes: float,
     ring: int,
+    make: Callable[[int, int], Tensor] = weight,
 ) -> Iterator[Case]:
     """One case per shape (K, N) and number of rows; packs once per shape.
 
@@ -207,21 +215,22 @@ def cases(
         rows: the numbers M of rows of x.
         weight_bytes: per element of the weight, scales included, in our way of holding it.
         ring: bytes that the copies of an operand fill at least; 0: one copy, warm in the caches.
+        make: of N and K, the weight that is packed.
     """
     for K, N in shapes:
-        yield from _shape_cases(methods, K, N, rows, weight_bytes, ring)
+        torch.manual_seed(0)
+        yield from _shape_cases(methods, make(N, K), rows, weight_bytes, ring)
 
 
 def _shape_cases(
     methods: Sequence[Method],
-    K: int,
-    N: int,
+    w: Tensor,
     rows: Sequence[int],
     weight_bytes: float,
     ring: int,
 ) -> Iterator[Case]:
-    torch.manual_seed(0)
-    w, R = weight(N, K), signs(N)
+    N, K = w.shape
+    R = signs(N)
     packed = [Packed(method, w, ring, R) for method in methods]
     del w
     for M in rows:

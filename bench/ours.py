@@ -12,10 +12,11 @@ from torch import Tensor
 
 import llmkern
 from llmkern._memory import empty_huge
-from llmkern.formats import int4_cpu, int4_cuda, lut4_cpu
+from llmkern.formats import int4_cpu, int4_cuda, lut4_cpu, sparse24_cpu, sparse24_cuda
 from llmkern.formats.int4 import pack_codes
 from llmkern.formats.lut4 import CODEBOOKS, group_scales, quantize_blockwise
-from llmkern.ops import lut4_gemm, w4a16_gemm
+from llmkern.formats.sparse24 import compress, compress_codes
+from llmkern.ops import lut4_gemm, sparse24_gemm, sparse24_w4a16_gemm, w4a16_gemm
 
 GROUP_SIZE, BLOCK_SIZE = 128, 64
 # Relative error of the product of a dtype's x: the rounding of its result, with room for partial sums.
@@ -112,6 +113,59 @@ def lut4_method(
         return lut4_gemm(x, *operand, group_size=BLOCK_SIZE, layout=layout)
 
     return _method(dtype, backend, pack, product, made, " row books" if per_row else " nf4")
+
+
+def sparse24_methods() -> list[Method]:
+    """sparse24_gemm and sparse24_w4a16_gemm, and w4a16_gemm on the same weight."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    if torch.get_default_device().type == "cuda":
+        return [
+            *(sparse24_method(dtype, "cuda", backend="cuda") for dtype in (bf16, fp16)),
+            sparse24_method(bf16, "cuda", codes=True, backend="cuda"),
+            sparse24_method(bf16, "canonical", backend="triton"),
+            sparse24_method(bf16, "canonical", codes=True, backend="triton"),
+            w4a16_method(bf16, "cuda", "cuda"),
+        ]
+    return [
+        *(sparse24_method(dtype, "cpu") for dtype in (bf16, torch.float32)),
+        *(sparse24_method(dtype, "cpu", codes=True) for dtype in (bf16, torch.float32)),
+        w4a16_method(bf16, "cpu"),
+    ]
+
+
+def sparse24_method(
+    dtype: torch.dtype, layout: str, *, codes: bool = False, backend: str | None = None
+) -> Method:
+    """sparse24_gemm, or with 4-bit codes in groups of 128 sparse24_w4a16_gemm, of a 2:4 weight."""
+    made: list[Tensor] = []
+
+    def pack(w: Tensor) -> tuple[Tensor | None, ...]:
+        if not codes:
+            made[:] = [w.to(dtype)]
+            canonical = compress(w.to(dtype))
+            return SPARSE24_LAYOUTS[layout][0](*canonical)
+        mask = w != 0
+        dense_codes, scales = matmul.round_to_nearest(w, GROUP_SIZE)
+        made[:] = [matmul.from_codes(dense_codes, scales) * mask]
+        qvalues, meta = compress_codes(dense_codes, mask)
+        return SPARSE24_LAYOUTS[layout][1](qvalues, meta, scales, None, GROUP_SIZE)
+
+    def product(x: Tensor, operand: Any) -> Tensor:
+        if codes:
+            return sparse24_w4a16_gemm(x, *operand, group_size=GROUP_SIZE, layout=layout)
+        return sparse24_gemm(x, *operand, layout=layout)
+
+    method = _method(dtype, backend, pack, product, made, " 2:4 int4" if codes else " 2:4")
+    width = dtype.itemsize / 2
+    return replace(method, bytes_per_weight=0.25 + 1 / 8 if codes else width + 1 / 8)
+
+
+# By layout: how values, and how codes come into it.
+SPARSE24_LAYOUTS: dict[str, tuple[Any, Any]] = {
+    "canonical": (lambda *weight: weight, lambda *weight: weight[:-1]),
+    "cpu": (sparse24_cpu.to_cpu_layout, sparse24_cpu.int4_to_cpu_layout),
+    "cuda": (sparse24_cuda.to_cuda_layout, sparse24_cuda.int4_to_cuda_layout),
+}
 
 
 def _method(

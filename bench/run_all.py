@@ -22,7 +22,14 @@ import torch
 import typer
 
 HERE = Path(__file__).parent
-BENCHES = ("bench_w4a16_gemm", "bench_lut4_gemm", "bench_chain", "bench_hessian", "bench_obs")
+BENCHES = (
+    "bench_w4a16_gemm",
+    "bench_lut4_gemm",
+    "bench_sparse24_gemm",
+    "bench_chain",
+    "bench_hessian",
+    "bench_obs",
+)
 
 
 def main(

@@ -334,7 +334,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 # Tiles that only differ in the type of x or the size of a group: left out of a quick run.
-QUICK = re.compile(r"^(?!.*(float16 .* g(64|32)|bfloat16 .* g64)).*$")
+QUICK = re.compile(r"^(?!.*(float16 .* g(64|32)|bfloat16 .* g64|sparse24\w* float16)).*$")
 
 
 def compile_all(archs: list[int], quick: bool = False) -> list[Row]:

@@ -7,10 +7,12 @@ reported as the reason why that peer has no number.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import matmul
 import torch
+import torch.nn.functional as F
 from matmul import Method, attempt
 from torch import Tensor
 
@@ -32,6 +34,36 @@ def all_methods() -> list[Method]:
         attempt("torchao plain", lambda: torchao("plain")),
         attempt("torchao preshuffled", lambda: torchao("preshuffled")),
     ]
+
+
+def sparse24_methods() -> list[Method]:
+    """torch's products with 2:4 sparse weights."""
+    names = ("cuSPARSELt", "CUTLASS")
+    return [attempt(f"torch 2:4 {name}", partial(semi_structured, name)) for name in names]
+
+
+def semi_structured(name: str) -> Method:
+    """torch's 2:4 tensor by one of its two libraries; cuSPARSELt searches once per number of rows."""
+    kind: Any = getattr(torch.sparse, f"SparseSemiStructuredTensor{name.upper()}")
+    found: dict[int, int] = {}
+
+    def multiply(x: Tensor, operand: Any) -> Tensor:
+        if name == "cuSPARSELt":
+            if len(x) not in found:
+                # It takes rows in multiples of 8, to which torch pads x itself when it multiplies.
+                padded = F.pad(x, (0, 0, 0, -len(x) % 8))
+                found[len(x)] = torch._cslt_sparse_mm_search(operand.packed, padded.t())
+            operand.alg_id_cusparselt = found[len(x)]
+        return F.linear(x, operand)
+
+    return Method(
+        f"torch 2:4 {name}",
+        lambda w: kind.from_dense(w.bfloat16()),
+        multiply,
+        dense=lambda operand: operand.to_dense(),
+        bytes_per_weight=1 + 1 / 8,
+        copy=lambda operand: kind.from_dense(operand.to_dense()),
+    )
 
 
 def int4pack() -> Method:

@@ -201,7 +201,8 @@ def test_times_on_a_gpu_are_microseconds():
 
 
 @pytest.mark.parametrize(
-    "script", ["bench_w4a16_gemm", "bench_lut4_gemm", "bench_chain", "run_all"]
+    "script",
+    ["bench_w4a16_gemm", "bench_lut4_gemm", "bench_sparse24_gemm", "bench_chain", "run_all"],
 )
 def test_scripts_start(script):
     command = [sys.executable, str(BENCH / f"{script}.py"), "--help"]

@@ -16,6 +16,8 @@ from llmkern.reference import lut4_gemm as lut_spec
 from llmkern.reference import w4a16_gemm as gemm_spec
 from llmkern.testing import (
     CUDA_LAYOUT_CASES,
+    SPARSE24_CASES,
+    Sparse24Case,
     assert_matches,
     random_int4_weight,
     random_lut4_weight,
@@ -123,6 +125,66 @@ def test_cuda_graph_capture_of_every_tier(M):
     def chain():  # the second product waits for the first
         y = ops.w4a16_gemm(x, *packed, group_size=128, layout="cuda")
         return ops.w4a16_gemm(y.repeat(1, 4), *packed, group_size=128, layout="cuda")
+
+    with use_backend("cuda"):
+        chain()
+        torch.cuda.synchronize(DEVICE)
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = chain()
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(captured, chain())
+
+
+SPARSE24_TIERS = {
+    "decode_4096": Sparse24Case(1, 4096, 4096),
+    "tile": Sparse24Case(256, 520, 4096),
+    "large": Sparse24Case(1000, 4096, 4096),
+    "codes_decode_k_and_v": Sparse24Case(32, 1024, 4096, 128, False, torch.float16),
+    "codes_tile": Sparse24Case(200, 520, 4096, 64, True, torch.bfloat16),
+    "codes_large": Sparse24Case(1000, 4104, 1024, 128, False, torch.bfloat16),
+}
+
+
+@HALVES
+@pytest.mark.parametrize(
+    "case", (SPARSE24_CASES | SPARSE24_TIERS).values(), ids=SPARSE24_CASES | SPARSE24_TIERS
+)
+def test_sparse24_over_the_cuda_layout(case, dtype):
+    parts = tuple(None if t is None else t.to(DEVICE) for t in case.weight(dtype))
+    packed = case.pack(parts)
+    x = torch.randn(case.M, case.K, device=DEVICE).to(dtype)
+    bias = torch.randn(case.N, device=DEVICE).to(dtype)
+    with use_backend("cuda"):
+        out = case.multiply(x, packed, bias, "cuda")
+        again = (case.multiply(x, packed, bias, "cuda") for _ in range(20))
+        assert all(torch.equal(out, y) for y in again), "two runs differ"
+    case.check(out, x, parts, bias)
+
+
+@pytest.mark.parametrize("case", SPARSE24_TIERS.values(), ids=SPARSE24_TIERS)
+def test_sparse24_in_triton(case):
+    parts = tuple(None if t is None else t.to(DEVICE) for t in case.weight(torch.bfloat16))
+    x = torch.randn(case.M, case.K, device=DEVICE).bfloat16()
+    with use_backend("triton"):
+        out = case.multiply(x, parts)
+        assert torch.equal(out, case.multiply(x, parts)), "two runs differ"
+    case.check(out, x, parts)
+
+
+@pytest.mark.parametrize("group_size", [None, 128], ids=["values", "codes"])
+@pytest.mark.parametrize("M", [1, 32, 200, 4096])
+def test_cuda_graph_capture_of_every_sparse24_tier(M, group_size):
+    case = Sparse24Case(M, 1024, 1024, group_size)
+    parts = tuple(None if t is None else t.to(DEVICE) for t in case.weight(torch.bfloat16))
+    packed = case.pack(parts)
+    x = torch.randn(M, 1024, device=DEVICE).bfloat16()
+
+    def chain():  # the second product waits for the first
+        y = case.multiply(x, packed, None, "cuda")
+        return case.multiply(y, packed, None, "cuda")
 
     with use_backend("cuda"):
         chain()
