@@ -95,9 +95,40 @@ def _prune_options() -> list[Variant]:
     ]
 
 
+def _structured() -> list[Variant]:
+    """Neurons at 10, 20 and 30 %, heads, and one block; with and without adjusting what is left."""
+    variants = []
+    for ratio in (0.1, 0.2, 0.3):
+        for importance in ("obs", "activation", "magnitude"):
+            for compensate in (True, False):
+                variants.append(
+                    Variant(
+                        f"glu {ratio:.0%} {importance}, {_HOW[compensate]}",
+                        "prune",
+                        "glu",
+                        {"ratio": ratio, "importance": importance, "compensate": compensate},
+                        calibrated=compensate or importance != "magnitude",
+                    )
+                )
+    for compensate in (True, False):
+        options = {"ratio": 0.5, "compensate": compensate}
+        variants.append(Variant(f"heads 50% obs, {_HOW[compensate]}", "prune", "heads", options))
+        options = {"ratio": 0.2, "compensate": compensate, "parts": "mlp"}
+        variants.append(Variant(f"taylor 20%, {_HOW[compensate]}", "prune", "taylor", options))
+    uneven = {"ratio": 0.2, "allow_uneven": True}
+    variants.append(Variant("glu 20% obs, uneven", "prune", "glu", uneven))
+    for criterion in ("cosine", "perplexity"):
+        options = {"blocks": 1, "criterion": criterion}
+        variants.append(Variant(f"depth, 1 block of 4, {criterion}", "prune", "depth", options))
+    return variants
+
+
+_HOW = {True: "compensated", False: "not compensated"}
+
 SUITES: dict[str, list[Variant]] = {
     "prune": _prune(),
     "prune-options": _prune_options(),
+    "structured": _structured(),
     "quantize": [*_quantize(4), *_quantize(3)],
 }
 

@@ -44,6 +44,22 @@ def recorded_layers(model: nn.Module) -> dict[str, float | str]:
     return dict(layers) if isinstance(layers, dict) else {}
 
 
+def rename_recorded(model: nn.Module, names: Mapping[str, str | None]) -> None:
+    """Give recorded layers the names that they have now.
+
+    Args:
+        names: old prefix of a layer's name -> new one, or None where the layers are gone.
+    """
+    renamed = {}
+    for name, value in recorded_layers(model).items():
+        old = next((prefix for prefix in names if name.startswith(f"{prefix}.")), None)
+        new = name if old is None else names[old]
+        if new is not None:
+            renamed[new if old is None else new + name[len(old) :]] = value
+    if hasattr(getattr(model, "config", None), _RECORD):
+        setattr(model.config, _RECORD, {"layers": renamed})
+
+
 def zero_fraction(weight: Tensor) -> float:
     """Fraction of a weight's entries that are exactly zero."""
     return 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else 0.0

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "_drive": {"calibrate", "models", "nn", "ops", "patch"},
     "masks": {"patch"},
     "quantize": {"_drive", "calibrate", "formats", "masks", "nn", "ops", "patch"},
-    "prune": {"_drive", "calibrate", "masks", "models", "nn", "ops", "patch"},
+    "prune": {"_drive", "calibrate", "evaluate", "masks", "models", "nn", "ops", "patch"},
     "evaluate": {"calibrate", "formats", "models", "nn"},
     "train": set(),
     "distill": {"calibrate", "masks", "models", "nn", "ops", "reference", "train"},

@@ -2,7 +2,7 @@
 
 from llmkern.calibrate.data import load_tokens, load_windows
 from llmkern.calibrate.statistics import ActivationNormStatistic, HessianStatistic, Statistic
-from llmkern.calibrate.walker import Block, HiddenStates, capture_inputs, walk
+from llmkern.calibrate.walker import Block, HiddenStates, capture_inputs, skipped, walk
 
 __all__ = [
     "ActivationNormStatistic",
@@ -13,5 +13,6 @@ __all__ = [
     "capture_inputs",
     "load_tokens",
     "load_windows",
+    "skipped",
     "walk",
 ]

@@ -58,6 +58,10 @@ class HiddenStates:
         """Number of batches that the windows are fed in."""
         return len(self._batches)
 
+    def entering(self, batch: int) -> Tensor:
+        """The hidden states of one batch of windows, [windows, seq_len, width]."""
+        return self.hidden[self._batches[batch]]
+
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """Output hidden states of `block`, the model's block `index`, on one batch of windows."""
         call = self._calls[index][batch]
@@ -241,6 +245,24 @@ def capture_inputs(
     if hidden is None or any(len(block_calls) != len(batches) for block_calls in calls):
         raise ValueError(f"model: {type(model).__name__} does not run each of its blocks once")
     return HiddenStates(hidden, batches, calls)
+
+
+@contextmanager
+def skipped(block: nn.Module) -> Iterator[None]:
+    """Let a decoder block hand on the hidden states that it is given, as if it were not there."""
+    wrap: list[Callable[[Tensor], Any]] = []
+    original = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = _split(args, kwargs)[1]
+        if not wrap:  # once: does this model's block return a tensor or a tuple?
+            kept = x.clone()
+            wrap.append(_like(original(*args, **kwargs)))
+            x = kept
+        return wrap[0](x)
+
+    with _forward_replaced(block, forward):
+        yield
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, Tensor]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmkern.cli.app import Device, DType, Model, SeqLen, app, console, open_model, open_tokenizer
+
+if TYPE_CHECKING:
+    from llmkern.prune import PruneReport
 
 # Parameters of the command that are not those of `llmkern.prune`.
 _OWN = ("model_dir", "output", "method", "rule", "dtype", "device", "overwrite")
@@ -19,7 +22,12 @@ def prune(
     context: typer.Context,
     model_dir: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    method: Annotated[str, typer.Option(help="sparsegpt, wanda or magnitude.")] = "sparsegpt",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="sparsegpt, wanda or magnitude; of structures: glu, mlp, heads, depth or taylor."
+        ),
+    ] = "sparsegpt",
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of single weights to set to zero.")
     ] = None,
@@ -63,6 +71,48 @@ def prune(
     true_sequential: Annotated[
         bool | None, typer.Option(help="Calibrate layers on those before them in their block.")
     ] = None,
+    target_params: Annotated[
+        int | None, typer.Option(help="In place of --ratio: parameters that may be left.")
+    ] = None,
+    importance: Annotated[
+        str | None, typer.Option(help="obs, activation or magnitude, for glu, mlp and heads.")
+    ] = None,
+    compensate: Annotated[
+        bool | None, typer.Option(help="Adjust what is left after neurons or heads have gone.")
+    ] = None,
+    round_to: Annotated[
+        int | None,
+        typer.Option(help="Widths of MLPs are multiples of it; 256, 128 or 32 by itself."),
+    ] = None,
+    allow_uneven: Annotated[
+        bool, typer.Option(help="A width of its own for each block: loads with llmkern only.")
+    ] = False,
+    keep_first: Annotated[
+        int | None,
+        typer.Option(help="Blocks left whole at the start, for depth and uneven widths."),
+    ] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(help="Blocks left whole at the end, for depth and uneven widths.")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(help="For depth: how many blocks go.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="For depth: cosine or perplexity.")] = None,
+    iterative: Annotated[
+        bool, typer.Option(help="For depth: score what is left anew after each block.")
+    ] = False,
+    taylor: Annotated[
+        str | None,
+        typer.Option(help="For taylor: param_first, param_second, param_mix or vectorize."),
+    ] = None,
+    parts: Annotated[str | None, typer.Option(help="For taylor: both, mlp or heads.")] = None,
+    gradient_samples: Annotated[
+        int | None, typer.Option(help="For taylor: windows whose gradient is taken.")
+    ] = None,
+    recovery: Annotated[
+        str | None, typer.Option(help="Training afterwards: none, lora or full.")
+    ] = None,
+    recovery_steps: Annotated[int | None, typer.Option(help="Steps of that training.")] = None,
+    recovery_lr: Annotated[float | None, typer.Option(help="Its peak learning rate.")] = None,
+    recovery_rank: Annotated[int | None, typer.Option(help="Rank of LoRA.")] = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,7 +125,7 @@ def prune(
         bool, typer.Option(help="Replace a model that OUTPUT already holds.")
     ] = False,
 ) -> None:
-    """Remove weights of a model and save it as the plain model that it still is."""
+    """Remove weights, neurons, heads or blocks of a model and save it as a plain model."""
     import llmkern
     from llmkern.hf.save import check_target
 
@@ -88,10 +138,24 @@ def prune(
     )
     llmkern.save(model, output, tokenizer, overwrite=overwrite)
     (output / "llmkern_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    console.print(
-        f"{len(report.layers)} layers pruned in {report.seconds:.1f} s, {report.sparsity:.1%} of their "
-        f"weights are zero, {len(report.kept)} left as they were, saved to {output}"
-    )
+    console.print(_summary(report, output))
+
+
+def _summary(report: PruneReport, output: Path) -> str:
+    if not (report.widths or report.removed_blocks):
+        return (
+            f"{len(report.layers)} layers pruned in {report.seconds:.1f} s, {report.sparsity:.1%} of "
+            f"their weights are zero, {len(report.kept)} left as they were, saved to {output}"
+        )
+    removed = 1 - report.parameters_after / report.parameters_before
+    lines = [
+        f"{report.parameters_before:,} → {report.parameters_after:,} parameters ({removed:.1%} fewer) in "
+        f"{report.seconds:.1f} s, saved to {output}"
+    ]
+    if report.recovery_loss:
+        first, last = report.recovery_loss[0], report.recovery_loss[-1]
+        lines.append(f"recovery: loss {first:.3f} → {last:.3f} nats per token")
+    return "\n".join([*lines, *report.notes])
 
 
 def _given(context: typer.Context) -> dict[str, Any]:

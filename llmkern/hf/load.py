@@ -10,6 +10,8 @@ import torch
 from llmkern.formats.bitsandbytes import METHOD as BITSANDBYTES
 from llmkern.hf.checkpoint_files import CheckpointFiles, read_checkpoint
 from llmkern.hf.scheme import read_scheme
+from llmkern.models import resize_blocks
+from llmkern.models.resize import ENTRY
 from llmkern.nn import Int4Linear
 from llmkern.patch import record_formats
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model directory; layers in compressed-tensors' `pack-quantized` format stay packed.
 
-    So do those of bitsandbytes' 4-bit checkpoints (NF4, FP4; one device), as `Lut4Linear`.
+    So do those of bitsandbytes' 4-bit checkpoints (NF4, FP4; one device), as `Lut4Linear`. Models that
+    were pruned to a width of its own in each block load here only.
 
     Needs neither compressed-tensors nor memory for any dense copy of a packed layer. A directory
     without a `quantization_config` loads as the plain model that it is.
@@ -66,7 +69,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{files.directory}: architectures: got {name!r}, which transformers lacks"
         )
     try:
-        model, info = model_class.from_pretrained(
+        model, info = _with_widths(model_class, files).from_pretrained(
             files.directory,
             config=config,
             use_safetensors=True,
@@ -76,6 +79,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     except RuntimeError as error:
         raise ValueError(f"{files.directory}: {str(error).splitlines()[0]}") from error
+    model.__class__ = model_class
     _check_loading(files, info)
     if tables:
         _bitsandbytes.fill(model, files)
@@ -86,6 +90,27 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         _check_packed(files, model)
         record_formats(model)
     return model  # type: ignore[no-any-return]
+
+
+def _with_widths(model_class: Any, files: CheckpointFiles) -> Any:
+    """The class itself, or one that builds each block in its own width where the config says so."""
+    entry = files.config.get(ENTRY)
+    if entry is None:
+        return model_class
+    layers = entry.get("layers") if isinstance(entry, dict) else None
+    if not isinstance(layers, dict) or not all(isinstance(o, dict) for o in layers.values()):
+        raise ValueError(
+            f"{files.directory}: {ENTRY}: got {entry!r}, expected the config entries of each block under "
+            "layers"
+        )
+
+    def init(self: torch.nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        resize_blocks(self, model_class, config)
+
+    # transformers goes by a class's name and module, too.
+    names = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    return type(model_class.__name__, (model_class,), {**names, "__init__": init})
 
 
 def _check_tensor_names(files: CheckpointFiles) -> None:

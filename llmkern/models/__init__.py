@@ -11,14 +11,16 @@ from llmkern.models.blocks import (
 )
 from llmkern.models.resize import (
     adopt_settings,
-    build,
     changed_config,
+    head_counts,
     keep_blocks,
     keep_units,
+    resize_blocks,
     set_width,
     set_widths,
     skeleton,
     unit_overrides,
+    write_widths,
 )
 from llmkern.models.units import Units, find_units
 
@@ -27,18 +29,20 @@ __all__ = [
     "Units",
     "adopt_settings",
     "block_linears",
-    "build",
     "changed_config",
     "context_length",
     "evaluation_mode",
     "find_blocks",
     "find_units",
+    "head_counts",
     "keep_blocks",
     "keep_units",
+    "resize_blocks",
     "set_width",
     "set_widths",
     "skeleton",
     "text_config",
     "unit_overrides",
     "vocabulary_size",
+    "write_widths",
 ]

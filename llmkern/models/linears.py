@@ -46,6 +46,11 @@ def set_weight(linear: nn.Module, weight: Tensor) -> None:
         linear.out_features, linear.in_features = N, K  # type: ignore[assignment]
 
 
+def set_bias(linear: nn.Module, bias: Tensor) -> None:
+    """Replace the values of a bias [N] that is there."""
+    linear.get_parameter("bias").data.copy_(bias)
+
+
 def keep_rows(linear: nn.Module, rows: Tensor) -> None:
     """Leave only the out features `rows` (int64), with their biases, in that order."""
     weight, bias = weight_rows(linear), linear._parameters.get("bias")

@@ -51,12 +51,14 @@ def changed_config(config: Any, overrides: Overrides) -> Any:
     return changed
 
 
-def build(model_class: type[nn.Module], config: Any) -> nn.Module:
-    """`model_class(config)`, its blocks of their own widths where the config has llmkern's entry.
+def resize_blocks(model: nn.Module, model_class: type[nn.Module], config: Any) -> None:
+    """Replace the blocks of a new model by those of their own widths, where `config` says so.
 
-    Call it under `torch.device("meta")` for a skeleton.
+    Under `torch.device("meta")`, as when a checkpoint is loaded, nothing is allocated.
+
+    Raises:
+        ValueError: the config's entry names a block that is not there, or sizes that the class refuses.
     """
-    model = model_class(config)
     layers = (getattr(config, ENTRY, None) or {}).get("layers", {})
     blocks = find_blocks(model).modules
     built: dict[tuple[tuple[str, Any], ...], nn.ModuleList] = {}
@@ -71,13 +73,14 @@ def build(model_class: type[nn.Module], config: Any) -> nn.Module:
             delattr(variant, ENTRY)
             built[key] = find_blocks(model_class(variant)).modules
         blocks[int(index)] = built[key][int(index)]
-    return model
 
 
 def skeleton(model: nn.Module, config: Any) -> nn.Module:
     """A model of `model`'s class and of `config`, without data."""
     with torch.device("meta"):
-        return build(type(model), config)
+        made = type(model)(config)
+        resize_blocks(made, type(model), config)
+    return made
 
 
 def unit_overrides(
@@ -115,6 +118,21 @@ def unit_overrides(
         f"{name or units.consumer}: {type(model).__name__} cannot be built with {count} of "
         f"{len(units)} {what}" + (f": {reasons[-1]}" if reasons else "")
     )
+
+
+def head_counts(model: nn.Module, units: Units) -> list[int]:
+    """Numbers of key/value heads, from one to all, that the model's config class accepts.
+
+    Some classes want the number of query heads to divide the hidden size.
+    """
+    counts = []
+    for count in range(1, len(units) + 1):
+        try:
+            changed_config(model.config, next(_guesses(model, units, count)))
+        except ValueError:
+            continue
+        counts.append(count)
+    return counts
 
 
 def _guesses(model: nn.Module, units: Units, count: int) -> Iterator[dict[str, Any]]:
@@ -184,8 +202,14 @@ def set_width(model: nn.Module, overrides: Overrides) -> None:
 
 def set_widths(model: nn.Module, overrides: Sequence[Overrides]) -> None:
     """Write one width per block into the model's config: only `llmkern.load` reads the result."""
+    write_widths(model.config, overrides)
+    _share_config(model, {index for index, entries in enumerate(overrides) if entries})
+
+
+def write_widths(config: Any, overrides: Sequence[Overrides]) -> None:
+    """Give `config` llmkern's entry for the config entries of each block."""
     layers = {str(index): dict(entries) for index, entries in enumerate(overrides) if entries}
-    setattr(model.config, ENTRY, {"layers": layers})
+    setattr(config, ENTRY, {"layers": layers})
 
 
 def keep_blocks(model: nn.Module, kept: Sequence[int]) -> None:

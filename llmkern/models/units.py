@@ -79,13 +79,17 @@ def find_units(model: nn.Module) -> list[list[Units]]:
         model: a causal language model with data in its weights.
 
     Raises:
-        ValueError: the blocks were not found, or not run.
+        ValueError: the blocks were not found, or not run; NaN or Inf in their activations (the layer is
+            named).
     """
-    blocks = find_blocks(model).modules
+    blocks = find_blocks(model)
     found: list[list[Units]] = []
     with torch.no_grad(), evaluation_mode(model):
-        for block, call in zip(blocks, _calls(model, blocks), strict=True):
-            found.append(_block_units(block, call))
+        for (name, block), call in zip(blocks.items(), _calls(model, blocks.modules), strict=True):
+            try:
+                found.append(_block_units(block, call))
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
     return found
 
 
@@ -231,7 +235,10 @@ def _read_by(block: nn.Module, run: _Run, consumer: str) -> Tensor:
         run()
     finally:
         handle.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1]).float()
+    read = seen[0].reshape(-1, seen[0].shape[-1]).float()
+    if not bool(torch.isfinite(read).all()):
+        raise ValueError(f"{consumer}: its inputs hold NaN or Inf, expected finite numbers")
+    return read
 
 
 @contextmanager

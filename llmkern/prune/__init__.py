@@ -3,13 +3,17 @@
 from llmkern.masks import MaskedParameters, keep_masks, pruned_layers
 from llmkern.prune._amount import Pattern
 from llmkern.prune._driver import METHODS, prune
-from llmkern.prune._report import LayerReport, PrunedWeight, PruneReport
+from llmkern.prune._options import WidthOptions
+from llmkern.prune._report import LayerReport, PrunedWeight, PruneReport, WidthReport
+from llmkern.prune.depth import DepthOptions
 from llmkern.prune.magnitude import MagnitudeOptions
 from llmkern.prune.sparsegpt import SparseGptOptions
+from llmkern.prune.taylor import TaylorOptions
 from llmkern.prune.wanda import WandaOptions
 
 __all__ = [
     "METHODS",
+    "DepthOptions",
     "LayerReport",
     "MagnitudeOptions",
     "MaskedParameters",
@@ -17,7 +21,10 @@ __all__ = [
     "PruneReport",
     "PrunedWeight",
     "SparseGptOptions",
+    "TaylorOptions",
     "WandaOptions",
+    "WidthOptions",
+    "WidthReport",
     "keep_masks",
     "prune",
     "pruned_layers",

@@ -11,7 +11,7 @@ from torch import nn
 
 from llmkern._drive import sort_options
 from llmkern.calibrate.data import Source
-from llmkern.prune import magnitude, sparsegpt, wanda
+from llmkern.prune import depth, glu, heads, magnitude, sparsegpt, taylor, wanda
 from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern
 from llmkern.prune._job import Job, Method
 from llmkern.prune._report import PruneReport
@@ -20,6 +20,11 @@ METHODS: dict[str, Method] = {
     "sparsegpt": sparsegpt.METHOD,
     "wanda": wanda.METHOD,
     "magnitude": magnitude.METHOD,
+    "glu": glu.GLU,
+    "mlp": glu.MLP,
+    "heads": heads.METHOD,
+    "depth": depth.METHOD,
+    "taylor": taylor.METHOD,
 }
 
 
@@ -47,7 +52,8 @@ def prune(
         method: one of `METHODS`.
         sparsity: for single weights: the fraction of each layer's weights to set to zero, in [0, 1).
         pattern: for single weights: n kept of every m along K, as "2:4" or (2, 4), 1 <= n < m <= 8.
-        ratio: for whole structures: the fraction of them to take out, in [0, 1).
+        ratio: for whole structures (neurons, heads, blocks): the fraction of them to take out, in
+            [0, 1); or give target_params, an option of those methods.
         calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`); None takes the text
             that comes with llmkern.
         tokenizer: needed where the calibration is text.

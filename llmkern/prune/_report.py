@@ -57,6 +57,28 @@ class LayerReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class WidthReport:
+    """The line of one layer that lost neurons or heads.
+
+    Attributes:
+        name: full dotted name of the linear that reads them.
+        kind: "glu", "mlp" or "attention".
+        before, after: neurons or key/value heads.
+        loss, relative_loss: squared change of that linear's outputs on the calibration data, and as a
+            fraction of their energy; None without calibration data.
+        seconds: spent on this layer.
+    """
+
+    name: str
+    kind: str
+    before: int
+    after: int
+    loss: float | None
+    relative_loss: float | None
+    seconds: float
+
+
 @dataclass
 class PruneReport:
     """What `prune` did.
@@ -71,6 +93,10 @@ class PruneReport:
         outliers: fraction of outlying weights in each block, where sparsity was shared out by it.
         layers: one line per pruned layer, in the order of the work.
         kept: why each linear that was not pruned was not, by full name.
+        widths: one line per layer that lost neurons or heads, in the order of the work.
+        removed_blocks: decoder blocks that are gone, by their old numbers.
+        notes: what to know of the result, one sentence each.
+        recovery_loss: loss of each step of the training after pruning, in nats per token.
         seconds: in all, calibration included.
     """
 
@@ -84,6 +110,10 @@ class PruneReport:
     outliers: dict[str, float] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    widths: list[WidthReport] = field(default_factory=list)
+    removed_blocks: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    recovery_loss: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     @property

@@ -1,0 +1,185 @@
+"""Depth pruning: whole decoder blocks go.
+
+    cosine       blocks whose output is most like their input: 1 - mean cos(x_in, x_out) over tokens, the
+                 Block Influence of ShortGPT (Men et al. 2024, arXiv 2403.03853)
+    perplexity   blocks without which the perplexity of the calibration text rises the least
+
+Either once, by the scores in the whole model, or one block after the other, each time with the scores
+of what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llmkern._drive import Work
+from llmkern.calibrate import Block, skipped, walk
+from llmkern.evaluate import evaluate
+from llmkern.masks import rename_recorded
+from llmkern.models import find_blocks, keep_blocks
+from llmkern.prune._job import Job, Method
+from llmkern.prune._options import SizeOptions, one_of
+from llmkern.prune.recovery import recover
+
+CRITERIA = ("cosine", "perplexity")
+
+
+@dataclass(frozen=True)
+class DepthOptions(SizeOptions):
+    """Options of `depth`.
+
+    Attributes:
+        blocks: how many to remove, in place of ratio and target_params.
+        criterion: "cosine" or "perplexity".
+        iterative: score what is left anew after each removal.
+        keep_first, keep_last: blocks at either end that stay.
+    """
+
+    blocks: int | None = None
+    criterion: str = "cosine"
+    iterative: bool = False
+    keep_first: int = 1
+    keep_last: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"blocks: got {self.blocks}, expected at least 1")
+        if self.criterion not in CRITERIA:
+            raise ValueError(
+                f"criterion: got {self.criterion!r}, expected one of {', '.join(CRITERIA)}"
+            )
+        for name in ("keep_first", "keep_last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
+
+
+def depth(job: Job) -> None:
+    """Remove the decoder blocks of the model that matter least, in place.
+
+    Raises:
+        ValueError: more blocks than may go, a target that cannot be met, a model class that cannot be
+            built without the blocks that were chosen; the model is then as it was.
+    """
+    model, options = job.model, job.options
+    one_of(ratio=job.amount, target_params=options.target_params, blocks=options.blocks)
+    if job.rules:
+        raise ValueError(f"rules: got {dict(job.rules)}, expected none: whole blocks go")
+    total = len(find_blocks(model))
+    candidates = list(range(options.keep_first, total - options.keep_last))
+    count = _count(job, candidates)
+    removed: list[int] = []
+    rounds = (count if options.iterative else 1) if count else 0
+    with Work("prune", "scored", rounds, progress=job.progress) as work:
+        for _ in range(rounds):
+            work.say("score the blocks")
+            scores = _scores(job, candidates, removed)
+            chosen = sorted(scores, key=lambda index: scores[index])[: count // rounds]
+            removed += chosen
+            work.finish(", ".join(map(str, chosen)))
+    if removed:
+        kept = [index for index in range(total) if index not in removed]
+        keep_blocks(model, kept)
+        prefix = find_blocks(model).name
+        new: dict[str, str | None] = {f"{prefix}.{index}": None for index in removed} | {
+            f"{prefix}.{old}": f"{prefix}.{index}" for index, old in enumerate(kept)
+        }
+        rename_recorded(model, new)
+    job.report.removed_blocks = sorted(removed)
+    job.report.notes.append(f"{total - count} of {total} decoder blocks stay")
+    if options.recovery != "none":
+        job.report.recovery_loss = recover(
+            model,
+            job.windows(),
+            options,
+            batch_size=job.data.batch_size,
+            seed=job.data.seed,
+        )
+
+
+def _count(job: Job, candidates: list[int]) -> int:
+    """How many of the candidates go."""
+    model, options = job.model, job.options
+    modules = find_blocks(model).modules
+    limit = min(len(candidates), len(modules) - 1)
+    ends = f"{options.keep_first} first and {options.keep_last} last of {len(modules)} blocks kept"
+    if options.target_params is not None:
+        present = sum(p.numel() for p in model.parameters())
+        # Whichever go: the smallest candidates decide, so that the target is met in any case.
+        sizes = sorted(sum(p.numel() for p in modules[i].parameters()) for i in candidates)
+        for count in range(limit + 1):
+            if present - sum(sizes[:count]) <= options.target_params:
+                return count
+        raise ValueError(
+            f"target_params: got {options.target_params}, expected at least "
+            f"{present - sum(sizes[:limit])} with the {ends}"
+        )
+    count = options.blocks
+    if count is None:
+        assert isinstance(job.amount, float)
+        count = round(job.amount * len(modules))
+        if count == 0 and job.amount > 0:
+            raise ValueError(
+                f"ratio: got {job.amount}, which is less than half of one of {len(modules)} blocks"
+            )
+    if count > limit:
+        asked = f"ratio: got {job.amount}" if job.amount is not None else f"blocks: got {count}"
+        raise ValueError(f"{asked}, expected at most {limit} blocks with the {ends}")
+    return count
+
+
+def _scores(job: Job, candidates: list[int], removed: list[int]) -> dict[int, float]:
+    """What each candidate that is still there contributes, by its index."""
+    modules = find_blocks(job.model).modules
+    left = [index for index in candidates if index not in removed]
+    if job.options.criterion == "cosine":
+        influence = _influence(job, removed)
+        return {index: influence[index] for index in left}
+    scores = {}
+    for index in left:
+        with _skipping(modules, [*removed, index]):
+            result = evaluate(job.model, job.windows(), batch_size=job.data.batch_size, speed=False)
+        scores[index] = result.perplexity
+    return scores
+
+
+@contextmanager
+def _skipping(modules: nn.ModuleList, gone: list[int]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for index in gone:
+            stack.enter_context(skipped(modules[index]))
+        yield
+
+
+def _influence(job: Job, removed: list[int]) -> dict[int, float]:
+    """1 - mean cosine of input and output of every block, those before it less the removed ones."""
+    influence: dict[int, float] = {}
+
+    def stage(block: Block) -> None:
+        if block.index in removed:
+            return
+        total, tokens = 0.0, 0
+        for batch in range(block.states.batches()):
+            before = block.states.entering(batch).float()
+            after = block.run(batch).float()
+            cosine = F.cosine_similarity(before, after, dim=-1)
+            total += float(cosine.sum(dtype=torch.float64))
+            tokens += cosine.numel()
+        influence[block.index] = 1 - total / tokens
+        if math.isnan(influence[block.index]):
+            raise ValueError(f"{block.name}: its outputs on the calibration data hold NaN or Inf")
+
+    modules = find_blocks(job.model).modules
+    with _skipping(modules, removed):
+        walk(job.model, job.windows(), stage, batch_size=job.data.batch_size)
+    return influence
+
+
+METHOD = Method(DepthOptions, ("ratio",), depth, needs_amount=False)

@@ -1,0 +1,177 @@
+"""A short training after pruning: all weights of the blocks, or LoRA, on the calibration windows.
+
+Weights that an earlier pruning made zero stay zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmkern.masks import MaskedParameters, pruned_layers
+from llmkern.models import block_linears, find_blocks
+from llmkern.models.linears import transposed
+from llmkern.prune._options import RecoveryOptions
+
+_WARMUP = 0.1
+_CLIP = 1.0
+_RATES = {"lora": 1e-4, "full": 1e-5}
+
+
+def recover(
+    model: nn.Module,
+    windows: Tensor,
+    options: RecoveryOptions,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[float]:
+    """Train `model` on next-token prediction, in place: AdamW, warm-up, cosine.
+
+    Trained are the dense linears of the decoder blocks, whole or through LoRA matrices that are merged
+    at the end. Weights of 16 bits are held in 32 while they are trained whole.
+
+    Args:
+        model: a causal language model.
+        windows: int64 [n, seq_len].
+        options: "lora" or "full", and how long.
+        batch_size: windows per step.
+        seed: of the order of the windows and of LoRA's start.
+
+    Returns:
+        The training loss of each step, in nats per token.
+
+    Raises:
+        ValueError: LoRA without peft, or a loss that became NaN.
+    """
+    names = {
+        f"{prefix}.{name}": linear
+        for prefix, block in find_blocks(model).items()
+        for name, linear in block_linears(block).items()
+    }
+    pruned = {name: model.get_parameter(f"{name}.weight") for name in pruned_layers(model)}
+    masks = MaskedParameters(pruned)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        train = _lora if options.recovery == "lora" else _full
+        with train(model, names, options.recovery_rank) as parameters:
+            losses = _fit(model, windows, parameters, options, batch_size)
+    finally:
+        masks.apply()  # merging fills the zeros
+        masks.remove()
+        torch.random.set_rng_state(state)
+    return losses
+
+
+def _fit(
+    model: nn.Module,
+    windows: Tensor,
+    parameters: list[nn.Parameter],
+    options: RecoveryOptions,
+    batch_size: int,
+) -> list[float]:
+    peak, steps = options.recovery_lr or _RATES[options.recovery], options.recovery_steps
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
+    device = parameters[0].device
+    losses: list[float] = []
+    batches = _batches(len(windows), batch_size)
+    # The model stays in evaluation mode: dropout would only disturb so short a training.
+    for _ in range(steps):
+        tokens = windows[next(batches)].to(device)
+        loss = next_token_loss(model, tokens)
+        losses.append(float(loss.detach()))
+        if math.isnan(losses[-1]):
+            raise ValueError(f"recovery_lr: got {peak}, the loss became NaN at step {len(losses)}")
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
+        optimizer.step()
+        scheduler.step()
+    return losses
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each token given those before it, in nats."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _schedule(step: int, steps: int) -> float:
+    warmup = max(1, round(_WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _batches(count: int, size: int) -> Iterator[Tensor]:
+    """Endless batches of indices, every window once per round."""
+    while True:
+        yield from torch.split(torch.randperm(count), size)
+
+
+@contextmanager
+def only_trained(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients for `trained` alone; each parameter's own setting afterwards."""
+    settings = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in settings:
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, setting in settings:
+            parameter.requires_grad_(setting)
+            parameter.grad = None
+
+
+@contextmanager
+def _full(
+    model: nn.Module, linears: dict[str, nn.Module], rank: int
+) -> Iterator[list[nn.Parameter]]:
+    trained = [p for linear in linears.values() for p in linear.parameters()]
+    dtypes = {id(p): p.dtype for p in trained}
+    dtype = next(model.parameters()).dtype
+    # A step is far smaller than what 8 bits of mantissa can tell apart.
+    for module in (model, *linears.values()):
+        module.to(torch.float32)
+    try:
+        with only_trained(model, trained):
+            yield trained
+    finally:
+        model.to(dtype)
+    assert all(p.dtype == dtypes[id(p)] for p in trained)
+
+
+@contextmanager
+def _lora(
+    model: nn.Module, linears: dict[str, nn.Module], rank: int
+) -> Iterator[list[nn.Parameter]]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(
+            "recovery: got 'lora' without the package peft, expected it: pip install llmkern[recovery]"
+        ) from error
+    settings = [(p, p.requires_grad) for p in model.parameters()]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=list(linears),
+        fan_in_fan_out=all(transposed(linear) for linear in linears.values()),
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    try:
+        yield [p for p in adapted.parameters() if p.requires_grad]
+    finally:
+        adapted.merge_and_unload()
+        for parameter, setting in settings:
+            parameter.requires_grad_(setting)
