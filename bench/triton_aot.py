@@ -35,6 +35,7 @@ from llmkern.triton_kernels import (
     hessian_update,
     kd_loss,
     lut4_gemm,
+    obs_prune,
     obs_quantize,
     sparse24_gemm,
     sparse24_w4a16_gemm,
@@ -251,22 +252,38 @@ def _hessian(K: int, dtype: torch.dtype, T: int = 8192, experts: int | None = No
     hessian_update.launch(H if experts else H[0], torch.empty(T, K, dtype=dtype), 0.1, offsets)
 
 
-def _obs(N: int, groups: int = 32, columns: int = 128) -> None:
+def _obs(
+    N: int,
+    groups: int = 32,
+    columns: int = 128,
+    grid: str | None = "integer",
+    mask: bool = False,
+    pattern: tuple[int, int] = (0, 0),
+    experts: int = 1,
+) -> None:
     K = 4096
-    grid = torch.empty(N, groups)
+    w, scales = torch.empty(experts, N, K), torch.empty(experts, N, groups)
+    book = torch.empty(experts, N, 1, 16) if grid == "book" else None
+    g_idx = torch.empty(experts, K, dtype=torch.int32)
+    codes = torch.empty(experts, N, K, dtype=torch.uint8)
     obs_quantize.launch_block(
-        torch.empty(N, K),
-        torch.empty(K, K),
-        torch.empty(K),
-        torch.empty(K, dtype=torch.int32),
+        *(w, torch.empty(experts, K, K), torch.empty(experts, K)),
+        (g_idx, book, scales, torch.empty_like(scales)) if grid else None,
+        (16 * N, 16, 0) if grid == "book" else (0, 0, 0),
         4,
-        torch.empty(N, K, dtype=torch.uint8),
-        grid,
-        torch.empty_like(grid),
-        torch.empty(N, K),
-        torch.empty(N),
-        *(128, 128 + columns, torch.empty(N, 128)),
+        torch.empty(experts, N, K, dtype=torch.bool) if mask or pattern[1] else None,
+        *pattern,
+        codes if grid else None,
+        torch.empty(experts, N, K),
+        torch.empty(experts, N) if grid else None,
+        torch.empty(experts, N, 128),
+        *(128, 128 + columns, 128),
     )
+
+
+def _select(N: int, columns: int, per_row: bool) -> None:
+    mask = torch.empty(8, N, columns, dtype=torch.bool)
+    obs_prune.select(torch.empty(8, N, columns), torch.empty(8, columns), 1, per_row, mask)
 
 
 def _kd(V: int, divergence: str, dtype: torch.dtype, alpha: float = 0.5) -> None:
@@ -310,6 +327,20 @@ CASES: dict[str, Callable[[], None]] = {
     "obs, fewer rows": partial(_obs, 1536),
     "obs, few rows": partial(_obs, 256),
     **{
+        f"obs of {grid}, {name}": partial(_obs, 4096, grid=grid, **options)
+        for grid in (None, "integer", "book")
+        for name, options in {
+            "all kept": {},
+            "a mask": {"mask": True},
+            "2:4": {"pattern": (2, 4)},
+            "4:8": {"pattern": (4, 8)},
+        }.items()
+        if grid or options
+    },
+    "obs of experts": partial(_obs, 1024, experts=64),
+    "obs, mask of a layer": partial(_select, 4096, 128, False),
+    "obs, mask of each row": partial(_select, 4096, 128, True),
+    **{
         f"kd_loss {divergence} alpha={alpha}": partial(_kd, 128256, divergence, BF16, alpha)
         for divergence in kd_loss.DIVERGENCES
         for alpha in (0.0, 0.5, 1.0)
@@ -330,6 +361,8 @@ CASES: dict[str, Callable[[], None]] = {
     "dequantize one row": partial(_dequantize, 1, 32, 32, BF16),
     "hessian of one number": partial(_hessian, 1, BF16, 1),
     "obs of one number": partial(_obs, 1, 1, 1),
+    "obs, mask of one row": partial(_select, 1, 2, False),
+    "obs, mask of one column": partial(_select, 2, 1, True),
 }
 
 

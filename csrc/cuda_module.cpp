@@ -157,20 +157,54 @@ PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
       },
       unlocked);
   m.def(
-      "obs_quantize_block",
-      [](uintptr_t w, uintptr_t U, uintptr_t d, uintptr_t g_idx, uintptr_t codes, uintptr_t scales,
-         uintptr_t zeros, uintptr_t w_hat, uintptr_t loss, uintptr_t error, int64_t N, int64_t K,
-         int64_t groups, int bits, int64_t first, int64_t last, int64_t error_stride, int device,
-         uintptr_t stream) {
+      "obs_block",
+      [](const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& sizes, int bits,
+         int kept, int size, int device, uintptr_t stream) {
         const DeviceGuard guard(device);
-        cuda::obs_quantize_block(
-            {pointer<float>(w), pointer<float>(U), pointer<float>(d), pointer<int32_t>(g_idx),
-             pointer<uint8_t>(codes), pointer<float>(scales), pointer<float>(zeros),
-             pointer<float>(w_hat), pointer<float>(loss), pointer<float>(error), N, K, groups, bits,
-             first, last, error_stride},
-            pointer<void>(stream));
+        const auto float_at = [&](int i) { return pointer<float>(tensors.at(i)); };
+        cuda::obs_block({float_at(0),
+                         float_at(1),
+                         float_at(2),
+                         pointer<int32_t>(tensors.at(3)),
+                         float_at(4),
+                         float_at(5),
+                         float_at(6),
+                         pointer<uint8_t>(tensors.at(7)),
+                         pointer<uint8_t>(tensors.at(8)),
+                         float_at(9),
+                         float_at(10),
+                         float_at(11),
+                         sizes.at(0),
+                         sizes.at(1),
+                         sizes.at(2),
+                         sizes.at(3),
+                         sizes.at(4),
+                         sizes.at(5),
+                         sizes.at(6),
+                         sizes.at(7),
+                         sizes.at(8),
+                         sizes.at(9),
+                         sizes.at(10),
+                         sizes.at(11),
+                         bits,
+                         kept,
+                         size},
+                        pointer<void>(stream));
+      },
+      unlocked, "Tensors and sizes in the order of ObsBlockParams.");
+  m.def(
+      "obs_select",
+      [](uintptr_t reached, uintptr_t d, uintptr_t mask, uintptr_t keys, uintptr_t counts,
+         int64_t E, int64_t N, int64_t columns, int64_t d_stride, int64_t mask_stride,
+         int64_t counts_stride, int64_t removed, bool per_row, int device, uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::obs_select({pointer<float>(reached), pointer<float>(d), pointer<uint8_t>(mask),
+                          pointer<uint32_t>(keys), pointer<uint32_t>(counts), E, N, columns,
+                          d_stride, mask_stride, counts_stride, removed, per_row},
+                         pointer<void>(stream));
       },
       unlocked);
+  m.def("obs_select_counts", cuda::obs_select_counts);
 #ifdef LLMKERN_EMU
   m.def("set_reverse_order", [](bool reverse) {
     emu::set_order(reverse ? emu::Order::kReverse : emu::Order::kForward);

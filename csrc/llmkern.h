@@ -113,22 +113,39 @@ struct ObsQuantizeParams {
   DType scales_dtype;  // scales are rounded to it
 };
 
-// Columns first..last-1 of that loop, as llmkern/ops/_obs_blocks.py launches them: there w_hat
-// holds the updated weights and gets the quantized ones; loss is added to.
+// Columns first..last-1 of that loop and of llmkern/reference/obs_prune.py's, as
+// llmkern/ops/_obs_blocks.py launches them: `work` holds the updated weights and gets the values
+// chosen for them.
 struct ObsBlockParams {
-  const float* w;        // [N, K], columns in visiting order
-  const float* U;        // [K, K], strict upper triangle read
-  const float* d;        // [K]
-  const int32_t* g_idx;  // [K]
-  uint8_t* codes;        // [N, K]
-  const float* scales;   // [N, groups]
-  const float* zeros;    // [N, groups]
-  float* w_hat;          // [N, K]
-  float* loss;           // [N]
-  float* error;          // [N, last - first], row stride error_stride: w - w_hat
-  int64_t N, K, groups;
-  int32_t bits;
-  int64_t first, last, error_stride;
+  const float* w;         // [E, N, K], columns in visiting order
+  const float* U;         // [E, K, K], strict upper triangle read
+  const float* d;         // [E, K]
+  const int32_t* g_idx;   // [E, K]
+  const float* codebook;  // 16 ascending entries, or null: integers
+  const float* scales;    // [E, N, groups]
+  const float* zeros;     // [E, N, groups]
+  uint8_t* mask;          // [E, N, K], 1 = kept; written if size, else read, null: all
+  uint8_t* codes;         // [E, N, K]; null: nothing is rounded, and no grid is read
+  float* work;            // [E, N, work_stride]; the block is columns work_first, ...
+  float* loss;            // [E, N], added to, or null
+  float* error;           // [E, N, error_stride]: w minus what was chosen
+  int64_t E, N, K, groups;
+  int64_t book_expert, book_row, book_group;  // strides of codebook, 0 where it is the same
+  int64_t first, last, work_first, work_stride, error_stride;
+  int32_t bits, kept, size;  // size: choose the best `kept` of every `size` columns, or 0
+};
+
+// mask = False for the `removed` lowest (reached * d)^2 of the N x columns of each expert, or of
+// each row; of equal ones the lower column goes first, then the lower row. 0 < removed < how many
+// there are.
+struct ObsSelectParams {
+  const float* reached;  // [E, N, columns], at most 128 columns
+  const float* d;        // [E, columns], stride d_stride
+  uint8_t* mask;         // [E, N, columns], row stride mask_stride
+  uint32_t* keys;        // [E, columns, N]; scratch, unless per_row
+  uint32_t* counts;      // [E, counts_stride]; zeros, unless per_row
+  int64_t E, N, columns, d_stride, mask_stride, counts_stride, removed;
+  bool per_row;
 };
 
 }  // namespace llmkern

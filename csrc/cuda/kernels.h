@@ -40,6 +40,10 @@ void sparse24_gemm(const ChunkGemmParams& p, DType dtype, const ChunkConfig& con
 void sparse24_w4a16_gemm(const ChunkGemmParams& p, DType dtype, const ChunkGrids& grids,
                          const ChunkConfig& config, void* stream);
 void hessian_update(const HessianUpdateParams& p, void* stream);
-void obs_quantize_block(const ObsBlockParams& p, void* stream);
+// Every policy: obs_quantize.cu, which leaves some to obs_prune.cu.
+void obs_block(const ObsBlockParams& p, void* stream);
+void obs_select(const ObsSelectParams& p, void* stream);
+// The counts_stride that it needs.
+int64_t obs_select_counts(int64_t N, int64_t columns);
 
 }  // namespace llmkern::cuda

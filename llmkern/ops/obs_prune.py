@@ -15,6 +15,7 @@ from torch import Tensor
 from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.formats.int4 import QuantFormat
+from llmkern.ops import _obs_gpu
 from llmkern.ops._hessian_factor import HessianFactor
 from llmkern.ops._library import register
 from llmkern.ops._obs_grid import (
@@ -115,7 +116,27 @@ def _launch_reference(
                 out[e].copy_(value)
 
 
-BACKENDS = (Backend("reference", _backends.never_refuse, _launch_reference),)
+def _refuse_cuda(w: Tensor, *args: object) -> str | None:
+    return _backends.refuse_cuda(w.device)
+
+
+def _launch_cuda(*args: Any) -> None:
+    _obs_gpu.prune("cuda", *args)
+
+
+def _refuse_triton(w: Tensor, *args: object) -> str | None:
+    return _backends.refuse_triton(w.device)
+
+
+def _launch_triton(*args: Any) -> None:
+    _obs_gpu.prune("triton", *args)
+
+
+BACKENDS = (
+    Backend("cuda", _refuse_cuda, _launch_cuda),
+    Backend("triton", _refuse_triton, _launch_triton),
+    Backend("reference", _backends.never_refuse, _launch_reference),
+)
 
 
 def _check_selection(

@@ -15,9 +15,9 @@ from torch import Tensor
 from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.formats.int4 import QuantFormat
+from llmkern.ops import _obs_gpu
 from llmkern.ops._hessian_factor import HessianFactor
 from llmkern.ops._library import DTYPE_CODES, pointer, register
-from llmkern.ops._obs_blocks import run_blocks
 from llmkern.ops._obs_grid import (
     Format,
     GridOptions,
@@ -111,83 +111,20 @@ def _refuse_policies(mask: Tensor | None, codebook: Tensor | None) -> str | None
     return None if codebook is None else "its kernel takes no codebook"
 
 
-def _refuse_cuda(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    *args: object,
-) -> str | None:
-    return _backends.refuse_cuda(w.device) or _refuse_policies(mask, codebook)
-
-
-def _launch_cuda_block(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    g_idx: Tensor,
-    bits: int,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    w_hat: Tensor,
-    loss: Tensor,
-    first: int,
-    last: int,
-    error: Tensor,
-) -> None:
-    module, _ = _backends.compiled_module("_cuda")
-    assert module is not None
-    module.obs_quantize_block(
-        *(pointer(t) for t in (w, U, d, g_idx, codes, scales, zeros, w_hat, loss, error)),
-        *w.shape,
-        scales.shape[1],
-        bits,
-        first,
-        last,
-        error.stride(0),
-        *_backends.cuda_queue(w.device),
-    )
-
-
-def _each_expert(
-    launch_block: Any,
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: None,
-    g_idx: Tensor,
-    codebook: None,
-    *rest: Any,
-) -> None:
-    """`run_blocks` on one matrix of the batch after another."""
-    options, outputs = rest[:6], rest[6:]
-    for e in range(len(w)):
-        run_blocks(launch_block, w[e], U[e], d[e], g_idx[e], *options, *(t[e] for t in outputs))
+def _refuse_cuda(w: Tensor, *args: object) -> str | None:
+    return _backends.refuse_cuda(w.device)
 
 
 def _launch_cuda(*args: Any) -> None:
-    _each_expert(_launch_cuda_block, *args)
+    _obs_gpu.quantize("cuda", *args)
 
 
-def _refuse_triton(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    *args: object,
-) -> str | None:
-    return _backends.refuse_triton(w.device) or _refuse_policies(mask, codebook)
+def _refuse_triton(w: Tensor, *args: object) -> str | None:
+    return _backends.refuse_triton(w.device)
 
 
 def _launch_triton(*args: Any) -> None:
-    from llmkern.triton_kernels.obs_quantize import launch_block
-
-    _each_expert(launch_block, *args)
+    _obs_gpu.quantize("triton", *args)
 
 
 def _refuse_cpu(

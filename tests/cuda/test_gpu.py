@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from llmkern import ops, use_backend
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.int4_cuda import from_cuda_layout, to_cuda_layout
+from llmkern.formats.lut4 import LutFormat
 from llmkern.reference import hessian_update as hessian_spec
 from llmkern.reference import lut4_gemm as lut_spec
 from llmkern.reference import w4a16_gemm as gemm_spec
@@ -296,6 +297,50 @@ def test_obs_quantize(case, backend):
     zeros = 1 << (fmt.bits - 1) if result.zeros is None else result.zeros.float()[..., None]
     codes = result.codes.view(N, -1, fmt.groups(K)).float()
     assert torch.equal(result.w_hat, (result.scales[..., None] * (codes - zeros)).view(N, K))
+
+
+# K, options
+PRUNE_CASES = {
+    "layer": (320, {"sparsity": 0.5}),
+    "row": (320, {"sparsity": 0.7, "scope": "row"}),
+    "2_4": (320, {"pattern": (2, 4)}),
+    "3_5": (320, {"pattern": (3, 5)}),
+    "4_8": (320, {"pattern": (4, 8)}),
+    "joint": (320, {"sparsity": 0.5, "fmt": QuantFormat(4, 32, False)}),
+    "joint_2_4_nf4": (256, {"pattern": (2, 4), "fmt": LutFormat("nf4", 64)}),
+}
+
+
+@pytest.mark.parametrize("case", PRUNE_CASES.values(), ids=PRUNE_CASES)
+def test_obs_prune_of_experts(case, backend):
+    K, options = case
+    E, N = 3, 200
+    w = torch.randn(E, N, K, device=DEVICE)
+    x = torch.randn(E, 700, K, device=DEVICE) @ (
+        torch.eye(K, device=DEVICE) + 0.3 * torch.randn(K, K, device=DEVICE) / K**0.5
+    )
+    H = 2 / 700 * x.mT @ x
+    result, again = (ops.obs_prune(w, H, **options) for _ in range(2))
+    assert torch.equal(result.w_hat, again.w_hat), "two runs differ"
+    with use_backend("reference"):
+        want = ops.obs_prune(w, H, **options)
+    assert int(result.mask.sum()) == int(want.mask.sum())
+    assert not result.w_hat[~result.mask].any()
+    # Sums in another order turn an occasional near tie, and then what follows in that row.
+    assert (result.mask == want.mask).all(2).float().mean() > 0.9
+    torch.testing.assert_close(result.loss.sum(), want.loss.sum(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["layer", "row"])
+def test_obs_prune_breaks_ties_by_column_then_row(per_row, backend):
+    """An identity Hessian and weights of three sizes: the mask has one right answer."""
+    w = torch.randint(1, 4, (1000, 128), device=DEVICE).float()
+    H, scope = torch.eye(128, device=DEVICE), "row" if per_row else "layer"
+    result = ops.obs_prune(w, H, sparsity=0.5, scope=scope)
+    costs = w.square() if per_row else w.square().t().reshape(1, -1)
+    order = torch.argsort(costs, dim=1, stable=True)[:, : costs.shape[1] // 2]
+    keep = torch.ones_like(costs, dtype=torch.bool).scatter_(1, order, False)
+    assert torch.equal(result.mask, keep if per_row else keep.view(128, 1000).t())
 
 
 def test_kernels_run_on_the_callers_stream(backend):

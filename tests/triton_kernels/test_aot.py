@@ -124,6 +124,6 @@ def test_every_tile_of_the_other_kernels_is_compiled(rows: list[dict[str, Any]],
     assert compiled(rows, "hessian_update_kernel", arch, *names) == tiles
 
     blocks = [obs_quantize.select_config(N) for N in (1, 1000, 2000, 4096, 28672)]
-    assert compiled(rows, "obs_quantize_kernel", arch, "BLOCK_N", "num_warps") == {
+    assert compiled(rows, "obs_block_kernel", arch, "BLOCK_N", "num_warps") == {
         (c.BLOCK_N, c.num_warps) for c in blocks
     }
