@@ -12,7 +12,7 @@
 //       only.
 //
 // Every sum has a fixed order: a result depends on its row of x, the weight, M's way and the
-// instruction set; not on the threads.
+// instruction set; not on the threads. bfloat16 x has forms of its own: lut4_amx.h, lut4_bf16.h.
 #include <omp.h>
 
 #include "kernels.h"
@@ -28,6 +28,19 @@ constexpr int64_t kParallelElements = 1 << 16;
 
 // Rows of bfloat16 x from which AMX, where there is any, is faster than vectors.
 [[maybe_unused]] constexpr int64_t kAmxLeastRows = 8;
+
+// sums[0 .. count), `stride` apart, plus bias into row m and columns n0 .. of the output.
+inline void store_outputs(const Lut4GemmParams& p, int64_t m, int64_t n0, int64_t count,
+                          const float* sums, int64_t stride) {
+  constexpr int64_t kAtOnce = 64;
+  float y[kAtOnce], bias[kAtOnce];
+  for (int64_t n = 0; n < count; ++n) y[n] = sums[n * stride];
+  if (p.bias) {
+    to_float(p.bias, n0, p.dtype, count, bias);
+    for (int64_t n = 0; n < count; ++n) y[n] += bias[n];
+  }
+  from_float(y, count, p.dtype, p.out, m * p.w.N + n0);
+}
 
 // --- few rows of x ---
 
@@ -94,16 +107,11 @@ void multiply_few_rows(const Lut4GemmParams& p, const float* x, float* scratch, 
                        int64_t n0, int64_t last) {
   constexpr int R = kSharing<C>;
   Rows rows(p.w, scratch, R);
-  float sums[C * R], bias[R] = {};
+  float sums[C * R];
   for (; n0 < last; n0 += R) {
-    const int64_t count = min_of(R, last - n0);
     rows.load(n0, R);
     dot_rows<R, C>(p.w, rows, x + m0 * p.w.K, sums);
-    if (p.bias) to_float(p.bias, n0, p.dtype, count, bias);
-    for (int c = 0; c < C; ++c) {
-      for (int r = 0; r < R; ++r) sums[c * R + r] += bias[r];
-      from_float(sums + c * R, count, p.dtype, p.out, (m0 + c) * p.w.N + n0);
-    }
+    for (int c = 0; c < C; ++c) store_outputs(p, m0 + c, n0, min_of(R, last - n0), sums + c * R, 1);
   }
 }
 
@@ -212,14 +220,9 @@ void multiply_block(const Lut4GemmParams& p, const Strips& strips, float* scratc
         multiply_strip<2>(last - first, expanded, x, c);
     }
   }
-  const int64_t count = min_of(kBlock, p.w.N - n0);
-  float bias[kBlock] = {}, y[kBlock];
-  if (p.bias) to_float(p.bias, n0, p.dtype, count, bias);
-  for (int64_t m = 0; m < strips.rows; ++m) {
-    const float* c = sums + m / kStrip * kBlock * kStrip + m % kStrip;
-    for (int64_t n = 0; n < kBlock; ++n) y[n] = c[n * kStrip] + bias[n];
-    from_float(y, count, p.dtype, p.out, (m0 + m) * p.w.N + n0);
-  }
+  for (int64_t m = 0; m < strips.rows; ++m)
+    store_outputs(p, m0 + m, n0, min_of(kBlock, p.w.N - n0),
+                  sums + m / kStrip * kBlock * kStrip + m % kStrip, kStrip);
 }
 
 void multiply_many(const Lut4GemmParams& p) {
@@ -248,12 +251,16 @@ void multiply_many(const Lut4GemmParams& p) {
 }  // namespace llmkern::LLMKERN_ISA
 
 #include "lut4_amx.h"
+#include "lut4_bf16.h"
 
 namespace llmkern::LLMKERN_ISA {
 
 void lut4_gemm(const Lut4GemmParams& p) {
 #ifdef __AMX_BF16__
   if (p.dtype == DType::kBFloat16 && p.M >= kAmxLeastRows) return multiply_amx(p);
+#elif defined(LLMKERN_ISA_ZEN4)
+  if (p.dtype == DType::kBFloat16 && p.M <= kFewBf16) return multiply_few_bf16(p);
+  if (p.dtype == DType::kBFloat16) return multiply_many_bf16(p);
 #endif
   if (p.M <= kFew)
     multiply_few(p);

@@ -260,6 +260,9 @@ def lut4_gemm(
     On the CUDA kernels more than 8 rows of 16-bit x are multiplied with the book's entries rounded to
     x's dtype, which must be able to hold them; up to 8 rows, and for float32 x, nothing is rounded.
 
+    The CPU kernels round nothing either, except for bfloat16 x on AMX from eight rows on and on AMD's
+    CPUs with bfloat16 dot products (zen4): there w is rounded to bfloat16 once, as dequantizing does.
+
     Args:
         x: float32, bfloat16 or float16 [..., K], any leading shape.
         qweight: int32 [N, K/8], the canonical layout of `llmkern.formats.lut4`, or a backend's

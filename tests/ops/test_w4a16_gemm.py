@@ -94,12 +94,21 @@ def test_matches_float64_in_both_layouts(backend, case, dtype):
     group_size=st.sampled_from([32, 64, 96, 128, 256]),
     symmetric=st.booleans(),
     layout=st.sampled_from(["canonical", "cpu"]),
+    dtype=st.sampled_from([F32, BF16]),
 )
-def test_any_shape_matches_float64(M, N, groups, group_size, symmetric, layout):
+def test_any_shape_matches_float64(M, N, groups, group_size, symmetric, layout, dtype):
     case = Case(M, N, groups * group_size, group_size, symmetric, bias=True)
-    x, weight, bias, w = make(case, F32, layout)
+    x, weight, bias, w = make(case, dtype, layout)
     y = w4a16_gemm(x, *weight, bias, group_size=group_size, layout=layout)
-    assert_matches(y, exact(x, w, bias), F.linear(x, w.float(), bias))
+    assert_matches(y, exact(x, w, bias), F.linear(x, w.to(dtype), bias))
+
+
+@pytest.mark.parametrize("M", [1, 4, 5, 16, 48, 300])
+def test_error_is_not_above_that_of_a_bfloat16_matmul(backend, M):
+    x, weight, _, w = make(Case(M, 96, 1024, 128), BF16)
+    spec = exact(x, w, None)
+    error = relative_error(w4a16_gemm(x, *weight, group_size=128), spec)
+    assert error <= relative_error(F.linear(x, w.to(BF16)), spec)
 
 
 @pytest.mark.parametrize("spread", [1e-6, 1e4], ids=["one_element_dominates", "wide_range"])
