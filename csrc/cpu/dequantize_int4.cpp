@@ -33,7 +33,7 @@ void dequantize_int4(const DequantizeInt4Params& p) {
     start_block(w, n0, tile);
     for (int64_t k0 = 0; k0 < w.K; k0 += columns) {
       load_tile(w, n0, k0, columns, tile);
-      for (int64_t row = 0; row < smaller(kBlock, w.N - n0); ++row) {
+      for (int64_t row = 0; row < min_of(kBlock, w.N - n0); ++row) {
         dequantize_row(tile, row, columns, values);
         from_float(values, columns, p.dtype, p.out, (n0 + row) * w.K + k0);
       }

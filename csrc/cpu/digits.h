@@ -84,7 +84,7 @@ inline void split_chunk(const float* x, int64_t n, const RowScale&, ChunkDigits<
     return;
   }
   // What is below 2^-126, the smallest normal float, is cut off: the factor would overflow.
-  int32_t shift = int32_t(smaller(8 * D - 2 + 127 - int32_t(top >> 23), 126));
+  int32_t shift = int32_t(min_of(8 * D - 2 + 127 - int32_t(top >> 23), 126));
   if (bits_float(top) * bits_float(uint32_t(shift + 127) << 23) > kLargest<D>) --shift;
   out.scale = bits_float(uint32_t(127 - shift) << 23);
   alignas(64) int32_t fixed[kMaxChunk];

@@ -5,6 +5,7 @@
 // 32 * (c / 16) + c % 16 in the low nibble and that of the row 16 further in the high nibble.
 #pragma once
 
+#include "common/integers.h"
 #include "convert.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the packed layouts are little endian");
@@ -15,8 +16,6 @@ namespace {
 constexpr int64_t kBlock = 64;
 constexpr int64_t kMaxChunk = 128;
 constexpr int64_t kQuadBytes = 128;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Columns per tile: a divisor of the group, so that a tile has one scale per row.
 inline int64_t chunk_columns(int64_t group_size) {
@@ -56,7 +55,7 @@ inline void load_canonical(const Int4Weight& w, int64_t n0, int64_t k0, int64_t 
                            Tile& tile) {
   const int64_t groups = w.K / w.group_size, g = k0 / w.group_size;
   const int32_t* zeros = static_cast<const int32_t*>(w.zeros);
-  for (int64_t c = 0; c < smaller(kBlock, w.N - n0); ++c) {
+  for (int64_t c = 0; c < min_of(kBlock, w.N - n0); ++c) {
     const int64_t n = n0 + c;
     to_float(w.scales, n * groups + g, w.scales_dtype, 1, tile.scales + c);
     if (zeros) tile.zeros[c] = uint32_t(zeros[n / 8 * groups + g]) >> (4 * (n % 8)) & 15;
@@ -66,15 +65,16 @@ inline void load_canonical(const Int4Weight& w, int64_t n0, int64_t k0, int64_t 
 }
 
 inline void load_packed(const Int4Weight& w, int64_t n0, int64_t k0, Tile& tile) {
-  const int64_t at = k0 / w.group_size * w.N + n0, count = smaller(kBlock, w.N - n0);
-  // The next group's scales lie a row of N further, where no hardware prefetcher looks.
-  const int64_t scale_bytes = w.scales_dtype == DType::kFloat32 ? 4 : 2;
-  const char* next = static_cast<const char*>(w.scales) + (at + w.N) * scale_bytes;
+  const int64_t at = k0 / w.group_size * w.N + n0, count = min_of(kBlock, w.N - n0);
+  // The next groups' scales lie rows of N further, where no hardware prefetcher looks; those of the
+  // very next group are wanted too soon to be fetched only now.
+  const int64_t ahead = at + 2 * w.N, scale_bytes = w.scales_dtype == DType::kFloat32 ? 4 : 2;
+  const char* next = static_cast<const char*>(w.scales) + ahead * scale_bytes;
   for (int64_t line = 0; line < kBlock * scale_bytes; line += 64) __builtin_prefetch(next + line);
   to_float(w.scales, at, w.scales_dtype, count, tile.scales);
   if (w.zeros) {
     const uint8_t* zeros = static_cast<const uint8_t*>(w.zeros) + at;
-    __builtin_prefetch(zeros + w.N);
+    __builtin_prefetch(zeros + 2 * w.N);
     for (int64_t c = 0; c < count; ++c) tile.zeros[c] = zeros[c];
   }
   tile.qweight = static_cast<const uint8_t*>(w.qweight) + n0 * w.K / 2 + k0 * kBlock / 2;

@@ -54,7 +54,7 @@ struct Bf16Unit {
     const int i = pair ? t / 2 : 0, j = pair ? t % 2 : t;
     const __m512 s = _mm512_loadu_ps(scales + 16 * j);
     float* to = acc + i * kTileRows * kBlock + 16 * j;
-    const int64_t count = smaller(rows - i * kTileRows, kTileRows);
+    const int64_t count = min_of(rows - i * kTileRows, kTileRows);
     for (int64_t r = 0; r < count; ++r, to += kBlock)
       _mm512_store_ps(to, _mm512_fmadd_ps(s, _mm512_load_ps(sums[t][r]), _mm512_load_ps(to)));
   }
@@ -139,27 +139,23 @@ inline void multiply_block(const W4A16GemmParams& p, const PackedRows& x, int64_
 }
 
 inline void multiply_amx_bf16(const W4A16GemmParams& p) {
-  const int64_t K = p.w.K, blocks = (p.w.N + kBlock - 1) / kBlock;
-  const int64_t rows = smaller(p.M, (kWorkspaceBytes / (kBf16Panel * K * 2 + 1) + 1) * kBf16Panel);
+  const int64_t K = p.w.K;
+  const int64_t rows = min_of(p.M, (kWorkspaceBytes / (kBf16Panel * K * 2 + 1) + 1) * kBf16Panel);
   const int64_t padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
   const Buffer<uint16_t> buffer(padded * K);
   uint16_t* packed = buffer.data();
   const TileShape t = {16, 64};
   for (int64_t m0 = 0; m0 < p.M; m0 += rows) {
-    const int64_t count = smaller(rows, p.M - m0);
-    const int64_t panels = (count + kBf16Panel - 1) / kBf16Panel;
+    const int64_t count = min_of(rows, p.M - m0);
+    const Pieces pieces(count, kBf16Panel, p.w.N);
 #pragma omp parallel for schedule(static) if (count * K >= kParallelSplit)
     for (int64_t m = 0; m < count; m += kTileRows) pack_group(p, m0 + m, count - m, packed + m * K);
 #pragma omp parallel if (count * p.w.N * K >= kParallelWork)
     {
       const TileConfig config({t, t, t, t, t, t, t, t});
-      // Panels of a block adjoin: its weights stay in a cache between them.
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < panels * blocks; ++i) {
-        const int64_t first = i % panels * kBf16Panel;
-        multiply_block(p, {packed, count, K}, m0, i / panels * kBlock, first,
-                       smaller(first + kBf16Panel, count));
-      }
+      for (int64_t i = 0; i < pieces.count; ++i)
+        multiply_block(p, {packed, count, K}, m0, pieces.n0(i), pieces.first(i), pieces.last(i));
     }
   }
 }

@@ -181,7 +181,7 @@ void multiply_block(const W4A16GemmParams& p, const AmxDigits& digits, int64_t m
     load_tile(p.w, n0, c * columns, columns, tile);
     unpack(tile, columns, codes);
     for (int64_t row = first; row < last; row += kTileRows) {
-      const int64_t rows = smaller(kTileRows, last - row);
+      const int64_t rows = min_of(kTileRows, last - row);
       const int8_t* a = digits.x + (row * digits.K + c * columns * kTileRows) * D;
       for (int j = 0; j < 4; j += Unit<D>::kWide, ++done) {
         Unit<D>& unit = units[done % 2];
@@ -203,29 +203,24 @@ template <int D>
 void multiply_amx(const W4A16GemmParams& p) {
   const int64_t K = p.w.K, columns = chunk_columns(p.w.group_size), chunks = K / columns;
   const int64_t step = columns % 64 ? 32 : 64;
-  const int64_t blocks = (p.w.N + kBlock - 1) / kBlock;
-  const int64_t rows = smaller(
+  const int64_t rows = min_of(
       p.M, (kWorkspaceBytes / (AmxDigits::bytes(kAmxPanel, K, chunks, D) + 1) + 1) * kAmxPanel);
   const Buffer<int8_t> buffer(AmxDigits::bytes(rows, K, chunks, D));
   const TileShape c = {16, 64}, a = {16, step}, b = {step / 4, 64};
   for (int64_t m0 = 0; m0 < p.M; m0 += rows) {
-    const int64_t count = smaller(rows, p.M - m0), padded = (count + 15) / 16 * 16;
+    const int64_t count = min_of(rows, p.M - m0), padded = (count + 15) / 16 * 16;
     int8_t* x = buffer.data();
     const AmxDigits digits = {
         x, reinterpret_cast<float*>(x + padded * K * D), count, K, columns, chunks, step};
-    const int64_t panels = (count + kAmxPanel - 1) / kAmxPanel;
+    const Pieces pieces(count, kAmxPanel, p.w.N);
 #pragma omp parallel for schedule(static) if (count * K >= kParallelSplit)
     for (int64_t m = 0; m < count; ++m) split_row<D>(p, m0, digits, m);
 #pragma omp parallel if (count * p.w.N * K >= kParallelWork)
     {
       const TileConfig config({c, c, c, c, a, a, b, b});
-      // Panels of a block adjoin: its weights stay in a cache between them.
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < panels * blocks; ++i) {
-        const int64_t first = i % panels * kAmxPanel;
-        multiply_block<D>(p, digits, m0, i / panels * kBlock, first,
-                          smaller(first + kAmxPanel, count));
-      }
+      for (int64_t i = 0; i < pieces.count; ++i)
+        multiply_block<D>(p, digits, m0, pieces.n0(i), pieces.first(i), pieces.last(i));
     }
   }
 }

@@ -25,9 +25,11 @@ namespace {
 // columns fill the registers.
 constexpr int64_t kDotRows = 6;
 // Most rows for which unpacking in registers is faster.
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 6;
+// Distance of prefetched codes: 4096 was slower.
+constexpr int64_t kBytesAhead = 8192;
 // Rows of x that pass over an unpacked chunk together: their accumulators stay in L2.
-constexpr int64_t kDotPanel = 252;
+constexpr int64_t kDotPanel = 258;
 
 // Rows of x in tiles of up to kDotRows: tile [K / 2][rows], pairs of columns in the order of
 // `column_order`.
@@ -36,7 +38,7 @@ struct Pairs {
   int64_t rows, K, tiles;
 
   Pairs(const int32_t* x, int64_t rows, int64_t K)
-      : x(x), rows(rows), K(K), tiles((rows + kDotRows - 1) / kDotRows) {}
+      : x(x), rows(rows), K(K), tiles(ceil_div(rows, kDotRows)) {}
   // First row of tile t: the tiles' sizes differ by one at most.
   int64_t first(int64_t t) const { return t * rows / tiles; }
 };
@@ -79,8 +81,8 @@ inline void dot_packed(const Tile& tile, const CodeTable<SYMMETRIC>& table, int6
   for (int v = 0; v < 4; ++v) zeros[v] = table.zeros(tile.zeros + 16 * v);
   const uint8_t* from = tile.qweight;
   for (int64_t q = 0; q < columns / 4; ++q, from += kQuadBytes, x += 2 * R) {
-    __builtin_prefetch(from + 4096, 0, 2);  // into L2: see int4_dot.h
-    __builtin_prefetch(from + 4096 + 64, 0, 2);
+    __builtin_prefetch(from + kBytesAhead, 0, 2);  // into L2: see int4_dot.h
+    __builtin_prefetch(from + kBytesAhead + 64, 0, 2);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const __m512i packed = _mm512_loadu_si512(from + 64 * half);
@@ -153,6 +155,8 @@ void multiply_few(const W4A16GemmParams& p, const int32_t* x, int64_t n0) {
   if (p.M == 2) multiply_few_rows<2, SYMMETRIC>(p, x, n0);
   if (p.M == 3) multiply_few_rows<3, SYMMETRIC>(p, x, n0);
   if (p.M == 4) multiply_few_rows<4, SYMMETRIC>(p, x, n0);
+  if (p.M == 5) multiply_few_rows<5, SYMMETRIC>(p, x, n0);
+  if (p.M == 6) multiply_few_rows<6, SYMMETRIC>(p, x, n0);
 }
 
 // Columns n0 .. n0 + 63 of the output for the rows of `panel`, which start at row m0 of x.
@@ -177,35 +181,32 @@ inline void multiply_panel(const W4A16GemmParams& p, const Pairs& panel, int64_t
 
 inline void multiply_bf16(const W4A16GemmParams& p) {
   const int64_t N = p.w.N, K = p.w.K;
-  const int64_t step = smaller(p.M, (kWorkspaceBytes / (kDotPanel * K * 2 + 1) + 1) * kDotPanel);
+  const int64_t step = min_of(p.M, (kWorkspaceBytes / (kDotPanel * K * 2 + 1) + 1) * kDotPanel);
   const Buffer<int32_t> buffer(step * K / 2);
   int32_t* x = buffer.data();
   for (int64_t m0 = 0; m0 < p.M; m0 += step) {
-    const int64_t count = smaller(step, p.M - m0), panels = (count + kDotPanel - 1) / kDotPanel;
-    const auto panel_at = [=](int64_t i) {
-      const int64_t first = i * count / panels, last = (i + 1) * count / panels;
-      return Pairs(x + first * K / 2, last - first, K);
+    const Pieces pieces(min_of(step, p.M - m0), kDotPanel, N);
+    const auto panel_of = [&](int64_t i) {
+      return Pairs(x + pieces.first(i) * K / 2, pieces.last(i) - pieces.first(i), K);
     };
-#pragma omp parallel if (count * K >= kParallelSplit)
-    for (int64_t i = 0; i < panels; ++i) {
-      const Pairs panel = panel_at(i);
+#pragma omp parallel if (pieces.rows * K >= kParallelSplit)
+    for (int64_t i = 0; i < pieces.panels; ++i) {
+      const Pairs panel = panel_of(i);
 #pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < panel.tiles; ++t) {
-        const int64_t first = panel.first(t), rows = panel.first(t + 1) - first;
-        for (int64_t r = 0; r < rows; ++r)
-          pair_row(p, m0 + i * count / panels + first + r, rows,
-                   x + (panel.x - x) + first * K / 2 + r);
+        const int64_t first = pieces.first(i) + panel.first(t);
+        const int64_t rows = panel.first(t + 1) - panel.first(t);
+        for (int64_t r = 0; r < rows; ++r) pair_row(p, m0 + first + r, rows, x + first * K / 2 + r);
       }
     }
-#pragma omp parallel for schedule(dynamic) if (count * N * K >= kParallelWork)
-    for (int64_t i = 0; i < panels * ((N + kBlock - 1) / kBlock); ++i) {
-      const int64_t n0 = i / panels * kBlock;
+#pragma omp parallel for schedule(dynamic) if (pieces.rows * N * K >= kParallelWork)
+    for (int64_t i = 0; i < pieces.count; ++i) {
       if (p.M > kFewRows)
-        multiply_panel(p, panel_at(i % panels), m0 + i % panels * count / panels, n0);
+        multiply_panel(p, panel_of(i), m0 + pieces.first(i), pieces.n0(i));
       else if (p.w.zeros)
-        multiply_few<false>(p, x, n0);
+        multiply_few<false>(p, x, pieces.n0(i));
       else
-        multiply_few<true>(p, x, n0);
+        multiply_few<true>(p, x, pieces.n0(i));
     }
   }
 }

@@ -14,10 +14,25 @@ constexpr int64_t kParallelWork = 1 << 19;
 // Elements of x below which one thread splits them all.
 constexpr int64_t kParallelSplit = 1 << 16;
 
+// The pieces of a product of `rows` rows: panels of rows by blocks of columns. Panels of a block
+// adjoin: its weights stay in a cache between them.
+struct Pieces {
+  int64_t rows, panel, panels, count;
+
+  Pieces(int64_t rows, int64_t panel, int64_t N)
+      : rows(rows),
+        panel(panel),
+        panels(ceil_div(rows, panel)),
+        count(panels * ceil_div(N, kBlock)) {}
+  int64_t first(int64_t i) const { return i % panels * panel; }
+  int64_t last(int64_t i) const { return min_of(first(i) + panel, rows); }
+  int64_t n0(int64_t i) const { return i / panels * kBlock; }
+};
+
 // acc [rows, 64] plus bias into rows m0 .. and columns n0 .. of the output.
 inline void store_block(const W4A16GemmParams& p, float* acc, int64_t m0, int64_t rows,
                         int64_t n0) {
-  const int64_t count = smaller(kBlock, p.w.N - n0);
+  const int64_t count = min_of(kBlock, p.w.N - n0);
   float bias[kBlock] = {};
   if (p.bias) to_float(p.bias, n0, p.dtype, count, bias);
   for (int64_t row = 0; row < rows; ++row) {

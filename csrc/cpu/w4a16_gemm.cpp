@@ -36,7 +36,7 @@ struct Digits {
 template <int D>
 void split(const W4A16GemmParams& p, int64_t m0, const Digits& digits, int64_t m) {
   const int64_t n = digits.columns, tile = m / kRows<D> * kRows<D>;
-  const int64_t rows = smaller(kRows<D>, digits.rows - tile), at = (m - tile) * D;
+  const int64_t rows = min_of(kRows<D>, digits.rows - tile), at = (m - tile) * D;
   const RowScale row = D == 1 ? row_scale(p, m0 + m, n) : RowScale{};
   for (int64_t c = 0; c < digits.chunks; ++c) {
     int32_t* out = digits.x + (tile * digits.K + c * n * rows) / 4 * D + at;
@@ -107,7 +107,7 @@ void multiply_block(const W4A16GemmParams& p, const Digits& digits, int64_t m0, 
   for (int64_t c = 0; c < digits.chunks; ++c) {
     load_tile(p.w, n0, c * digits.columns, digits.columns, tile);
     for (int64_t row = first; row < last; row += kRows<D>)
-      multiply_tile<D>(tile, digits, row, smaller(kRows<D>, last - row), c,
+      multiply_tile<D>(tile, digits, row, min_of(kRows<D>, last - row), c,
                        acc + (row - first) * kBlock);
   }
   store_block(p, acc, m0 + first, last - first, n0);
@@ -135,10 +135,10 @@ void multiply_two_blocks(const W4A16GemmParams& p, const Digits& digits, int64_t
 template <int D>
 void multiply(const W4A16GemmParams& p) {
   const int64_t N = p.w.N, K = p.w.K, columns = chunk_columns(p.w.group_size);
-  const int64_t blocks = (N + kBlock - 1) / kBlock;
+  const int64_t blocks = ceil_div(N, kBlock);
   // Rows at a time, whole panels unless M is less.
   const int64_t panels_at_once = kWorkspaceBytes / (K * D * kPanel + 1) + 1;
-  const int64_t step = smaller(p.M, panels_at_once * kPanel);
+  const int64_t step = min_of(p.M, panels_at_once * kPanel);
   const int64_t chunks = K / columns, sums_at = step * K / 4 * D,
                 scales_at = sums_at + step * chunks * D;
   const Buffer<int32_t> buffer(scales_at + step * chunks);
@@ -146,7 +146,7 @@ void multiply(const W4A16GemmParams& p) {
   static_assert(kPanel % kRows<D> == 0, "panels start with a tile of rows");
   for (int64_t m0 = 0; m0 < p.M; m0 += step) {
     const Digits digits = {
-        x,       x + sums_at, reinterpret_cast<float*>(x + scales_at), smaller(step, p.M - m0), K,
+        x,       x + sums_at, reinterpret_cast<float*>(x + scales_at), min_of(step, p.M - m0), K,
         columns, chunks};
     const int64_t panels = (digits.rows + kPanel - 1) / kPanel;
     // A few rows are split by one thread: every barrier waits for the slowest.
@@ -163,7 +163,7 @@ void multiply(const W4A16GemmParams& p) {
     for (int64_t i = 0; i < panels * blocks; ++i) {
       const int64_t first = i / blocks * kPanel;
       multiply_block<D>(p, digits, m0, i % blocks * kBlock, first,
-                        smaller(first + kPanel, digits.rows));
+                        min_of(first + kPanel, digits.rows));
     }
   }
 }

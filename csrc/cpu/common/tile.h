@@ -18,6 +18,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/common/integers.h"
+
 namespace llmkern::LLMKERN_ISA {
 
 #if defined(__AVX512F__)
@@ -36,9 +38,6 @@ constexpr int kRows = kLanes * kRowVecs;
 constexpr int64_t kChunk = 64;
 
 typedef float Vec __attribute__((vector_size(kVecBytes), may_alias));
-
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec max_of(Vec a, Vec b) { return a > b ? a : b; }  // b where a is NaN
