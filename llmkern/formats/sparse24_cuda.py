@@ -147,6 +147,7 @@ def to_cuda_layout(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
     tiles, chunks = lanes.shape[:2]
     halves = lanes.view(torch.uint8).reshape(tiles, chunks, 2, VALUE_BYTES)
     data = torch.cat((halves, _meta_to_lanes(meta)), -1).flatten(2)
+    # Zeros after `data`: the kernels read a weight before the stream's last grid has ended.
     return data.view(values.dtype), meta.new_zeros(()).expand(octets, N)
 
 
@@ -208,8 +209,10 @@ def int4_to_cuda_layout(
     if zeros is not None:
         grid = grid_to_chunks(unpack_zeros(zeros, 4, N), K, group_size)
         parts.append(grid.reshape(tiles, chunks, -1))
+    packed = torch.cat(parts, -1)
+    # After `packed`: the kernels read a weight before the stream's last grid has ended.
     shape = meta.new_zeros(()).expand(K // 8, N), scales.new_zeros(()).expand(groups, N)
-    return torch.cat(parts, -1), *shape, None
+    return packed, *shape, None
 
 
 def int4_from_cuda_layout(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern.formats import sparse24_cuda
 from llmkern.formats.int4 import unpack_codes, unpack_zeros
@@ -111,6 +112,35 @@ def test_padding_keeps_the_first_two_and_is_zero():
     halves = packed.view(torch.uint8).unflatten(-1, (2, 4608))
     assert (halves[..., :4096].contiguous().view(torch.bfloat16) != 0).sum() == 4
     assert halves[..., 4096:].unique(return_counts=True)[1].tolist() == [1023, 1]
+
+
+class Recorder(TorchDispatchMode):
+    """The operations that run, in order, and which of them gave each piece of memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.made_by = [], {}
+        self.kept = []  # so that no memory is given out twice
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.kept.append(out)
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.made_by:
+            self.made_by[out.untyped_storage().data_ptr()] = len(self.names)
+            self.names.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("codes", [False, True], ids=["values", "codes"])
+def test_the_packers_last_grid_does_not_write_the_weight(codes):
+    """The CUDA kernels read a weight while the stream's previous grid may still run."""
+    weight = random_sparse24_weight(70, 96, torch.bfloat16)
+    if codes:
+        weight = *random_sparse24_int4_weight(70, 96, 32), 32
+    pack = sparse24_cuda.int4_to_cuda_layout if codes else sparse24_cuda.to_cuda_layout
+    with Recorder() as record:
+        packed = pack(*weight)[0]
+    assert record.made_by[packed.untyped_storage().data_ptr()] < len(record.names) - 1
 
 
 def test_bad_input_is_refused():
