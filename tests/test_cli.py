@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llmkern
 from llmkern import assets, ops
 from llmkern.cli import main
 
@@ -218,11 +219,49 @@ def test_output_that_holds_a_model_is_kept(run: Run, tmp_path: Path) -> None:
     ],
     ids=lambda option: option[0],
 )
-def test_rtn_refuses_what_it_would_ignore(
-    run: Run, tmp_path: Path, option: tuple[str, ...]
+@pytest.mark.parametrize("method", ["rtn", "nf4"])
+def test_methods_without_data_refuse_what_they_would_ignore(
+    run: Run, tmp_path: Path, method: str, option: tuple[str, ...]
 ) -> None:
-    code, _, err = run("quantize", MODEL, "-o", tmp_path / "out", "--method", "rtn", *option)
+    code, _, err = run("quantize", MODEL, "-o", tmp_path / "out", "--method", method, *option)
     assert code == 1
     assert f"{option[0]}: got" in err
-    assert "--method rtn does not calibrate" in err
+    assert f"--method {method} does not calibrate" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+def test_tables_are_saved_for_bitsandbytes(run: Run, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "out"
+    rules = ("--rule", "*.o_proj=dense", "--rule", "*.up_proj=4:32")
+    code, _, err = run("quantize", MODEL, "-o", out, "--method", method, *rules)
+    assert code == 0, err
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "bitsandbytes"
+    assert config["bnb_4bit_quant_type"] == method
+    model = llmkern.load(out)
+    block = model.model.layers[0]
+    assert block.mlp.up_proj.block_size == 32
+    assert block.mlp.gate_proj.block_size == 64
+    assert type(block.self_attn.o_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bits", "3"), "bits: got 3, expected 4 for method 'nf4'"),
+        (("--asymmetric",), "symmetric: got False, expected True for method 'nf4'"),
+        (("--group-size", "-1"), "group_size: got None, expected a block size"),
+        (("--group-size", "48"), "block_size: got 48, expected one of"),
+        (("--clip-search",), "clip_search: not an option of method 'nf4'"),
+        (("--rule", "*=3:32"), "--rule: got '*=3:32', expected PATTERN=4:BLOCK or PATTERN=dense"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else value[0],
+)
+def test_tables_refuse_what_they_cannot_be(
+    run: Run, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    code, _, err = run("quantize", MODEL, "-o", tmp_path / "out", "--method", "nf4", *options)
+    assert code == 1
+    assert message in err
     assert not (tmp_path / "out").exists()

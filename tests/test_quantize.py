@@ -373,3 +373,19 @@ def test_nothing_is_warned_about_when_all_is_well(tokens: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(quantize(tiny(), group_size=32, calibration=tokens), QuantizeReport)
+
+
+def test_tables_keep_zeros_and_report_the_error() -> None:
+    model = tiny()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.mul_(torch.rand_like(weight) < 0.5)
+    wanted = weight.detach().clone()
+    report = quantize(model, "nf4", group_size=32)
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, llmkern.Lut4Linear)
+    got = layer.dequantize()
+    assert not got[wanted == 0].any()
+    line = next(line for line in report.layers if line.name.endswith("0.mlp.up_proj"))
+    assert line.loss == pytest.approx(float((got - wanted).double().square().sum()), rel=1e-4)
+    assert line.zeros == pytest.approx(float((got == 0).double().mean()))

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkern.cli.app import Device, DType, Model, SeqLen, app, console, open_model, open_tokenizer
+from llmkern.cli.app import (
+    Device,
+    DType,
+    Model,
+    SeqLen,
+    app,
+    console,
+    given_options,
+    open_model,
+    open_tokenizer,
+)
 
 if TYPE_CHECKING:
     from llmkern.prune import PruneReport
@@ -134,7 +144,12 @@ def prune(
     model = open_model(model_dir, dtype, device)
     tokenizer = open_tokenizer(model_dir)
     report = llmkern.prune(
-        model, method, tokenizer=tokenizer, rules=rules, progress=True, **_given(context)
+        model,
+        method,
+        tokenizer=tokenizer,
+        rules=rules,
+        progress=True,
+        **given_options(context, _OWN),
     )
     llmkern.save(model, output, tokenizer, overwrite=overwrite)
     (output / "llmkern_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
@@ -156,16 +171,6 @@ def _summary(report: PruneReport, output: Path) -> str:
         first, last = report.recovery_loss[0], report.recovery_loss[-1]
         lines.append(f"recovery: loss {first:.3f} → {last:.3f} nats per token")
     return "\n".join([*lines, *report.notes])
-
-
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The options that were written on the command line, for `llmkern.prune` to take or refuse."""
-    given = {}
-    for name, value in context.params.items():
-        source = context.get_parameter_source(name)
-        if name not in _OWN and source is not None and source.name != "DEFAULT":
-            given[name] = value
-    return given
 
 
 def _rules(rules: list[str]) -> dict[str, Any]:

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkern.cli.app import Device, DType, Model, SeqLen, app, console, open_model, open_tokenizer
+from llmkern.cli.app import (
+    Device,
+    DType,
+    Model,
+    SeqLen,
+    app,
+    console,
+    given_options,
+    open_model,
+    open_tokenizer,
+)
 
 # Options of `quantize` that a method without calibration has no use for.
 _CALIBRATED = (
@@ -29,11 +39,12 @@ def quantize(
     context: typer.Context,
     model_dir: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    method: Annotated[str, typer.Option(help="gptq or rtn.")] = "gptq",
+    method: Annotated[str, typer.Option(help="gptq, rtn, nf4 or fp4.")] = "gptq",
     bits: Annotated[int, typer.Option(help="2, 3 or 4.")] = 4,
     group_size: Annotated[
-        int, typer.Option(help="Weights per scale; -1: one scale per row.")
-    ] = 128,
+        int | None,
+        typer.Option(help="Weights per scale, 128 (nf4, fp4: 64); -1: one scale per row."),
+    ] = None,
     asymmetric: Annotated[bool, typer.Option(help="Store zero points.")] = False,
     calibration: Annotated[
         str | None,
@@ -73,19 +84,19 @@ def quantize(
         bool, typer.Option(help="Replace a model that OUTPUT already holds.")
     ] = False,
 ) -> None:
-    """Quantize a model's linear layers and save it as a compressed-tensors checkpoint."""
+    """Quantize a model's linear layers and save it for compressed-tensors (nf4, fp4: bitsandbytes)."""
     import llmkern
     from llmkern.hf.save import check_target
 
     check_target(output.absolute(), overwrite)
     options: dict[str, Any] = {"clip_search": clip_search}
-    if method == "rtn":
+    if method in ("rtn", "nf4", "fp4"):
+        given = given_options(context, ())
         for name in _CALIBRATED:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name != "DEFAULT":
+            if name in given:
                 raise ValueError(
-                    f"--{name.replace('_', '-')}: got {context.params[name]}, expected nothing: "
-                    "--method rtn does not calibrate"
+                    f"--{name.replace('_', '-')}: got {given[name]}, expected nothing: "
+                    f"--method {method} does not calibrate"
                 )
     else:
         options |= {name: context.params[name] for name in _CALIBRATED}
@@ -95,9 +106,9 @@ def quantize(
         model,
         method,
         bits=bits,
-        group_size=None if group_size == -1 else group_size,
+        group_size="auto" if group_size is None else None if group_size == -1 else group_size,
         symmetric=not asymmetric,
-        rules=_rules(rule or [], group_size, asymmetric),
+        rules=_rules(rule or [], method, group_size, asymmetric),
         tokenizer=tokenizer,
         progress=True,
         **{name: value for name, value in options.items() if value is not None},
@@ -110,9 +121,12 @@ def quantize(
     )
 
 
-def _rules(rules: list[str], group_size: int, asymmetric: bool) -> dict[str, Any]:
+def _rules(
+    rules: list[str], method: str, group_size: int | None, asymmetric: bool
+) -> dict[str, Any]:
     """--rule options as the mapping that llmkern.quantize takes."""
     from llmkern.formats.int4 import QuantFormat
+    from llmkern.formats.lut4 import LutFormat
 
     parsed: dict[str, Any] = {}
     for rule in rules:
@@ -120,13 +134,19 @@ def _rules(rules: list[str], group_size: int, asymmetric: bool) -> dict[str, Any
         width, _, size = value.partition(":")
         if value == "dense" and equals:
             parsed[pattern] = None
-        elif equals and width.isdigit() and (not size or size.lstrip("-").isdigit()):
-            group = int(size) if size else group_size
+        elif equals and width == "4" and size.isdigit() and method in ("nf4", "fp4"):
+            parsed[pattern] = LutFormat(method, int(size))
+        elif (
+            equals
+            and width.isdigit()
+            and (not size or size.lstrip("-").isdigit())
+            and method not in ("nf4", "fp4")
+        ):
+            group = int(size) if size else group_size or 128
             parsed[pattern] = QuantFormat(
                 int(width), None if group == -1 else group, not asymmetric
             )
         else:
-            raise ValueError(
-                f"--rule: got {rule!r}, expected PATTERN=BITS[:GROUP] or PATTERN=dense"
-            )
+            wanted = "4:BLOCK" if method in ("nf4", "fp4") else "BITS[:GROUP]"
+            raise ValueError(f"--rule: got {rule!r}, expected PATTERN={wanted} or PATTERN=dense")
     return parsed

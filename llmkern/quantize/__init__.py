@@ -5,6 +5,7 @@ from llmkern.quantize._driver import METHODS, quantize
 from llmkern.quantize._report import LayerReport, QuantizedWeight, QuantizeReport
 from llmkern.quantize.gptq import GptqOptions, gptq
 from llmkern.quantize.rtn import RtnOptions, rtn
+from llmkern.quantize.tables import TableOptions
 
 __all__ = [
     "METHODS",
@@ -14,6 +15,7 @@ __all__ = [
     "QuantizeReport",
     "QuantizedWeight",
     "RtnOptions",
+    "TableOptions",
     "gptq",
     "quantize",
     "rtn",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ from llmkern._drive import Work, for_each_layer, layer_stage, plan_layers, sort_
 from llmkern.calibrate import Block, HessianStatistic, load_windows, walk
 from llmkern.calibrate.data import Source
 from llmkern.formats.int4 import QuantFormat
-from llmkern.masks import kept_mask, recorded_layers
+from llmkern.formats.lut4 import GROUP_UNIT, LutFormat
+from llmkern.masks import kept_mask, recorded_layers, zero_fraction
 from llmkern.nn import Int4Linear
 from llmkern.nn._packed_linear import dense_weight
 from llmkern.nn.int4_linear import BITS
@@ -23,10 +25,17 @@ from llmkern.patch import record_formats
 from llmkern.quantize._report import LayerReport, QuantizedWeight, QuantizeReport
 from llmkern.quantize.gptq import GptqOptions, gptq
 from llmkern.quantize.rtn import RtnOptions, rtn
+from llmkern.quantize.tables import BLOCK_SIZE, TableOptions, table_linear
 
-METHODS: dict[str, type] = {"gptq": GptqOptions, "rtn": RtnOptions}
+METHODS: dict[str, type] = {
+    "gptq": GptqOptions,
+    "rtn": RtnOptions,
+    "nf4": TableOptions,
+    "fp4": TableOptions,
+}
 
-_Formats = dict[str, QuantFormat]
+_Format = QuantFormat | LutFormat
+_Formats = dict[str, _Format]
 
 
 def quantize(
@@ -34,9 +43,9 @@ def quantize(
     method: str = "gptq",
     *,
     bits: int = 4,
-    group_size: int | None = 128,
+    group_size: int | Literal["auto"] | None = "auto",
     symmetric: bool = True,
-    rules: Mapping[str, QuantFormat | None] | None = None,
+    rules: Mapping[str, QuantFormat | LutFormat | None] | None = None,
     calibration: Source = None,
     tokenizer: Any = None,
     progress: bool = False,
@@ -44,20 +53,23 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the linears in the decoder blocks of `model`, in place.
 
-    Every linear becomes an `Int4Linear`; embeddings, norms and the head stay as they are. GPTQ walks
+    Every linear becomes an `Int4Linear`, or a `Lut4Linear` with the tables NF4 and FP4; embeddings, norms
+    and the head stay as they are. GPTQ walks
     the blocks in order, each calibrated on the output of the compressed ones before it, and holds one
     block's statistics and the hidden states of the calibration windows beyond the model itself.
 
     Args:
         model: a causal language model in float32, bfloat16 or float16.
-        method: "gptq", or "rtn" (round to nearest, no calibration).
-        bits: 2, 3 or 4.
-        group_size: K-elements per scale, a divisor of every layer's K; None for one scale per row.
-        symmetric: no zero points.
-        rules: glob over full layer names -> `QuantFormat` for those layers, or None to leave them
-            dense; the last that matches counts.
+        method: "gptq", or without calibration "rtn" (round to nearest), "nf4" or "fp4"
+            (bitsandbytes' tables).
+        bits: 2, 3 or 4; 4 for the tables.
+        group_size: K-elements per scale, a divisor of every layer's K; None for one scale per row. For
+            the tables: elements of the flattened weight. "auto" is 128, and 64 for the tables.
+        symmetric: no zero points; the tables have none.
+        rules: glob over full layer names -> `QuantFormat` (`LutFormat` with the tables) for those
+            layers, or None to leave them dense; the last that matches counts.
         calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`); None takes the text
-            that comes with llmkern.
+            that comes with llmkern. Methods without calibration read none.
         tokenizer: needed where the calibration is text.
         progress: show a progress bar with the layer, its loss and the time left.
         options: those of the method (`GptqOptions`: damp, act_order, group_scales, clip_search,
@@ -79,12 +91,15 @@ def quantize(
     """
     start = time.perf_counter()
     settings, data = sort_options(method, METHODS, options)
-    plan, dense = _plan(model, _format(bits, group_size, symmetric), dict(rules or {}))
+    plan, dense = _plan(model, _format(method, bits, group_size, symmetric), dict(rules or {}))
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
     if isinstance(settings, RtnOptions):
         with _Work(model, plan, report, progress) as work:
             simple = partial(work.compress, method=partial(rtn, options=settings))
             for_each_layer(model, plan.__contains__, simple)
+    elif isinstance(settings, TableOptions):
+        with _Work(model, plan, report, progress) as work:
+            for_each_layer(model, plan.__contains__, work.look_up)
     else:
         windows = load_windows(
             calibration,
@@ -156,6 +171,7 @@ class _Work(Work):
         """Replace the linear `name` of a block by its packed form."""
         full = f"{prefix}.{name}"
         fmt = self._plan[full]
+        assert isinstance(fmt, QuantFormat)
         start = time.perf_counter()
         linear = block.get_submodule(name)
         weight = dense_weight(linear)
@@ -171,7 +187,7 @@ class _Work(Work):
                 stacklevel=2,
             )
         N, K = weight.shape
-        self._report.layers.append(
+        self._report_line(
             LayerReport(
                 name=full,
                 shape=(N, K),
@@ -186,7 +202,35 @@ class _Work(Work):
                 seconds=time.perf_counter() - start,
             )
         )
-        self.finish(full, loss=f"{result.relative_loss:.2e}")
+
+    def look_up(self, prefix: str, block: nn.Module, name: str) -> None:
+        """Replace the linear `name` of a block by its form in the table's entries."""
+        full = f"{prefix}.{name}"
+        fmt = self._plan[full]
+        assert isinstance(fmt, LutFormat)
+        start = time.perf_counter()
+        with self.layer(full):
+            packed, loss, relative = table_linear(block.get_submodule(name), fmt)
+        block.set_submodule(name, packed)
+        self._report_line(
+            LayerReport(
+                name=full,
+                shape=(packed.out_features, packed.in_features),
+                bits=4,
+                group_size=fmt.block_size,
+                symmetric=True,
+                loss=loss,
+                relative_loss=relative,
+                damp=None,
+                factored=True,
+                zeros=zero_fraction(packed.dequantize()),
+                seconds=time.perf_counter() - start,
+            )
+        )
+
+    def _report_line(self, line: LayerReport) -> None:
+        self._report.layers.append(line)
+        self.finish(line.name, loss=f"{line.relative_loss:.2e}")
 
 
 def _zeros(result: QuantizedWeight, fmt: QuantFormat) -> float:
@@ -212,8 +256,17 @@ def _pack(
     return packed.train(linear.training)
 
 
-def _format(bits: int, group_size: int | None, symmetric: bool) -> QuantFormat:
-    fmt = QuantFormat(bits, group_size, symmetric)
+def _format(
+    method: str, bits: int, group_size: int | Literal["auto"] | None, symmetric: bool
+) -> _Format:
+    if METHODS[method] is TableOptions:
+        if bits != 4 or not symmetric:
+            got = f"bits: got {bits}" if bits != 4 else f"symmetric: got {symmetric}"
+            raise ValueError(f"{got}, expected {4 if bits != 4 else True} for method {method!r}")
+        if group_size is None:
+            raise ValueError(f"group_size: got None, expected a block size for method {method!r}")
+        return LutFormat(method, BLOCK_SIZE if group_size == "auto" else group_size)
+    fmt = QuantFormat(bits, 128 if group_size == "auto" else group_size, symmetric)
     _check_bits(fmt, "bits")
     return fmt
 
@@ -227,27 +280,39 @@ def _check_bits(fmt: QuantFormat, argument: str) -> None:
 
 
 def _plan(
-    model: nn.Module, default: QuantFormat, rules: dict[str, QuantFormat | None]
+    model: nn.Module, default: _Format, rules: dict[str, _Format | None]
 ) -> tuple[_Formats, dict[str, str]]:
     """Format of each layer to quantize, all of it checked, and why each other one stays dense."""
+    kind = type(default)
     for pattern, fmt in rules.items():
-        if fmt is not None and not isinstance(fmt, QuantFormat):
-            raise ValueError(f"rules: got {fmt!r} for {pattern!r}, expected a QuantFormat or None")
-        if fmt is not None:
+        if fmt is not None and not isinstance(fmt, kind):
+            raise ValueError(
+                f"rules: got {fmt!r} for {pattern!r}, expected a {kind.__name__} or None"
+            )
+        if isinstance(fmt, QuantFormat):
             _check_bits(fmt, f"rules[{pattern!r}]")
     return plan_layers(model, {"*": default, **rules}, what="quantize", check=_check_groups)
 
 
-def _check_groups(asked: Mapping[str, tuple[int, QuantFormat]]) -> None:
+def _check_groups(asked: Mapping[str, tuple[int, _Format]]) -> None:
     bad = []
     for name, (K, fmt) in asked.items():
-        if fmt.group_size is not None and K % fmt.group_size:
-            bad.append((name, K, fmt.group_size))
+        size = fmt.block_size if isinstance(fmt, LutFormat) else fmt.group_size
+        if size is not None and not _fits(fmt, size, K):
+            bad.append((name, K, size, isinstance(fmt, LutFormat)))
     if bad:
-        name, K, size = bad[0]
+        name, K, size, table = bad[0]
         fits = [str(g) for g in (128, 64, 32) if K % g == 0] or ["None (one scale per row)"]
         more = f" and {len(bad) - 1} more layers" if len(bad) > 1 else ""
+        why, wanted = f"does not divide K = {K} of", f"a divisor such as {fits[0]}"
+        if table:
+            why, wanted = f"in rows of K = {K} splits 32 columns of", "K a multiple of 32"
         raise ValueError(
-            f"group_size: got {size}, which does not divide K = {K} of {name}{more}; expected a divisor "
-            f"such as {fits[0]}, or rules={{{name!r}: None}} to leave the layer dense"
+            f"group_size: got {size}, which {why} {name}{more}; expected {wanted}, or "
+            f"rules={{{name!r}: None}} to leave the layer dense"
         )
+
+
+def _fits(fmt: _Format, size: int, K: int) -> bool:
+    # Blocks run over the flattened weight; the kernels read 32 columns of a row at a time.
+    return math.gcd(size, K) % GROUP_UNIT == 0 if isinstance(fmt, LutFormat) else K % size == 0
