@@ -35,10 +35,13 @@ Overrides = Mapping[str, Any]
 def changed_config(config: Any, overrides: Overrides) -> Any:
     """A copy of a transformers config with entries of its text part replaced.
 
+    It describes dense weights: a `quantization_config` is left out.
+
     Raises:
         ValueError: the config class does not accept them.
     """
     changed = copy.deepcopy(config)
+    vars(changed).pop("quantization_config", None)
     text = changed.get_text_config()
     for name, value in overrides.items():
         setattr(text, name, value)

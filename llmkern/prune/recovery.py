@@ -137,17 +137,17 @@ def _full(
     model: nn.Module, linears: dict[str, nn.Module], rank: int
 ) -> Iterator[list[nn.Parameter]]:
     trained = [p for linear in linears.values() for p in linear.parameters()]
-    dtypes = {id(p): p.dtype for p in trained}
-    dtype = next(model.parameters()).dtype
-    # A step is far smaller than what 8 bits of mantissa can tell apart.
-    for module in (model, *linears.values()):
-        module.to(torch.float32)
+    dtypes = [(p, p.dtype) for p in model.parameters()]
+    # A step is far smaller than what 8 bits of mantissa can tell apart. Buffers keep their types: those
+    # of rotary embeddings are of 32 bits for a reason.
+    for parameter, _ in dtypes:
+        parameter.data = parameter.data.float()
     try:
         with only_trained(model, trained):
             yield trained
     finally:
-        model.to(dtype)
-    assert all(p.dtype == dtypes[id(p)] for p in trained)
+        for parameter, dtype in dtypes:
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

@@ -58,12 +58,18 @@ def test_same_seed_same_weights(tiny: Tiny) -> None:
 
 
 def test_sixteen_bits_come_back(tiny: Tiny) -> None:
-    model = tiny("llama").to(torch.bfloat16)
+    model = tiny("llama")
+    for parameter in model.parameters():  # as from_pretrained does it: buffers stay float32
+        parameter.data = parameter.data.to(torch.bfloat16)
     before = find_blocks(model).modules[0].mlp.down_proj.weight.clone()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     options = WidthOptions(recovery="full", recovery_steps=5, recovery_lr=1e-3)
     recover(model, patterned(), options)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not torch.equal(find_blocks(model).modules[0].mlp.down_proj.weight, before)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert torch.equal(buffer, buffers[name]), name
 
 
 @pytest.mark.parametrize("method", ["glu", "heads", "depth", "taylor"])
