@@ -24,10 +24,22 @@ def select(scores: Tensor, amount: Amount, scope: str) -> Tensor:
     """
     N, K = scores.shape
     if isinstance(amount, Pattern):
-        groups = scores.reshape(-1, amount.m)
-        return _keep(groups, amount.m - amount.n).view(N, K)
+        return _keep_of_groups(scores.reshape(-1, amount.m), amount.n).view(N, K)
     rows = scores if scope == "row" else scores.reshape(1, -1)
     return _keep(rows, round(amount * rows.shape[1])).view(N, K)
+
+
+def _keep_of_groups(groups: Tensor, n: int) -> Tensor:
+    """Of each group [G, m] the n largest: those that fewer than n others beat."""
+    kept = torch.empty_like(groups, dtype=torch.bool)
+    columns = groups.unbind(1)
+    for i, column in enumerate(columns):
+        beaten = torch.zeros_like(column, dtype=torch.int8)
+        for j, other in enumerate(columns):
+            if j != i:
+                beaten += other >= column if j > i else other > column
+        kept[:, i] = beaten < n
+    return kept
 
 
 def _keep(scores: Tensor, removed: int) -> Tensor:
