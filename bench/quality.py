@@ -1,6 +1,6 @@
 """What compression costs in quality: KL to the original and perplexity, on the bundled model.
 
-python bench/quality.py                                     pruning: magnitude, Wanda, SparseGPT
+python bench/quality.py                                     pruning: single weights, structures
 python bench/quality.py --suite quantize --only 3-bit --seeds 5
 python bench/quality.py --json bench/results/quality-20261124.json
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,8 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     held_out = load_tokens(text, reference, tokenizer)[:windows]
-    console = Console()
+    # Where nobody looks at it, such as in a log, a table is not squeezed into 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     records = json.loads(json_file.read_text()) if json_file and json_file.is_file() else {}
     original = llmkern.evaluate(reference, held_out, speed=False).perplexity
     for name in chosen:

@@ -133,4 +133,4 @@ SUITES: dict[str, list[Variant]] = {
 }
 
 # What is measured where no suite is named.
-DEFAULT = ["prune"]
+DEFAULT = ["prune", "structured"]
