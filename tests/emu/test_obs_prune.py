@@ -12,6 +12,7 @@ from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import NF4_CODEBOOK, CodebookFormat, LutFormat
 from llmkern.ops._obs_gpu import cuda_select
 from llmkern.reference.obs_prune import keep_all_but_lowest, keep_highest_per_row
+from llmkern.reference.obs_prune import obs_prune as oracle
 
 N = 37  # a CTA has 32 rows
 STATIC = {"group_scales": "static", "act_order": True}
@@ -102,6 +103,51 @@ def test_counts_are_exact(case, emulator):
         assert bool(((~mask).sum(1) == round(options["sparsity"] * K)).all())
     else:
         assert int((~mask).sum()) == round(options["sparsity"] * N * K)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": (2, 4)}], ids=["half", "2_4"])
+def test_loss_is_the_float64_oracles(options, emulator):
+    w, H = problem(256)
+    factor = ops.factorize_hessian(H)
+    got = ops.obs_prune(w, factor, **options)
+    kept, size = options.get("pattern", (0, 0))
+    alive = w.masked_fill(factor.dead, 0.0)
+    problem64 = (t.double() for t in (alive, factor.U, factor.d))
+    selection = (None, options.get("sparsity", 0.0), kept, size, False, None)
+    *_, loss = oracle(*problem64, *selection)
+    torch.testing.assert_close(got.loss.double().sum(), loss.sum(), rtol=1e-3, atol=0)
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_shape(data, emulator):
+    rows = data.draw(st.integers(1, 40), "N")
+    size = data.draw(st.integers(2, 8), "m")
+    group_size = size * data.draw(st.integers(1, 140 // size), "units")
+    K = group_size * data.draw(st.integers(1, max(1, 180 // group_size)), "groups")
+    options = {"pattern": (data.draw(st.integers(1, size - 1), "n"), size)}
+    if data.draw(st.booleans(), "unstructured"):
+        scope = data.draw(st.sampled_from(["layer", "row"]), "scope")
+        options = {"sparsity": data.draw(st.floats(0, 0.999), "sparsity"), "scope": scope}
+    fmt = data.draw(st.sampled_from(["none", "int", "book"]), "fmt")
+    if fmt == "int":
+        options["fmt"] = QuantFormat(4, group_size, data.draw(st.booleans(), "symmetric"))
+    if fmt == "book":
+        options["fmt"] = CodebookFormat(NF4_CODEBOOK, group_size)
+    w, x = torch.randn(rows, K), torch.randn(2 * K, K)
+    H = x.t() @ x / K
+    got = ops.obs_prune(w, H, **options)
+    with use_backend("reference"):
+        want = ops.obs_prune(w, H, **options)
+    assert int(got.mask.sum()) == int(want.mask.sum())
+    assert not got.w_hat[~got.mask].any()
+    same = (got.mask == want.mask).all(1)
+    if want.codes is not None:
+        same &= (got.codes == want.codes).all(1)
+    assert int((~same).sum()) <= max(2, 0.2 * rows)
+    torch.testing.assert_close(got.loss[same], want.loss[same], rtol=3e-3, atol=1e-5)
 
 
 def raw(E: int, K: int, seed: int = 0) -> tuple[torch.Tensor, ...]:

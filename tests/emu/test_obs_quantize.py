@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from llmkern import ops, use_backend
 from llmkern.formats.int4 import QuantFormat
+from llmkern.formats.lut4 import NF4_CODEBOOK, CodebookFormat, LutFormat
 
-N, K = 70, 288  # a CTA has 64 rows; blocks of 128, 128 and 32 columns
+N, K = 70, 288  # a CTA has 32 rows; blocks of 128, 128 and 32 columns
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # format, options
 CASES = {
@@ -66,7 +67,45 @@ def test_codes_equal_the_references(case, both_orders):
     assert torch.equal(w_hat, (scales.float()[..., None] * grouped).view(N, K))
 
 
-@pytest.mark.parametrize("rows", [1, 64, 65])
+# format, options
+BOOKS = {
+    "nf4": (LutFormat("nf4", 32), {}),
+    "fp4_clip_search": (LutFormat("fp4", 32), {"clip_search": True}),
+    "a_book_per_row_without_scales": (
+        CodebookFormat(torch.linspace(-2.5, 2.5, 16).expand(N, 16).contiguous(), None, False),
+        {},
+    ),
+    "static_act_order": (
+        CodebookFormat(NF4_CODEBOOK, 48),
+        {"group_scales": "static", "act_order": True},
+    ),
+    "integers_and_a_mask": (QuantFormat(4, 32, False), {"mask": torch.arange(N * K) % 3 > 0}),
+    "nf4_and_a_mask": (CodebookFormat(NF4_CODEBOOK, 144), {"mask": torch.arange(N * K) % 7 > 2}),
+}
+
+
+@pytest.mark.parametrize("case", BOOKS.values(), ids=BOOKS)
+def test_books_and_masks_equal_the_references(case, both_orders):
+    fmt, options = case
+    options = {key: t.view(N, K) if key == "mask" else t for key, t in options.items()}
+    w, H = problem()
+
+    def run():
+        result = ops.obs_quantize(w, H, fmt, **options)
+        return result.codes, result.w_hat, result.loss
+
+    codes, w_hat, loss = both_orders(run)
+    with use_backend("reference"):
+        want = ops.obs_quantize(w, H, fmt, **options)
+    same = (codes == want.codes).all(1)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(loss[same], want.loss[same], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(w_hat[same], want.w_hat[same], rtol=1e-5, atol=1e-6)
+    if "mask" in options:
+        assert not w_hat[~options["mask"]].any()
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33])
 def test_rows_do_not_depend_on_their_neighbours(rows, emulator):
     w, H = problem()
     w, H = w[:, :128].contiguous(), H[:128, :128].contiguous()  # one block: no matrix product
