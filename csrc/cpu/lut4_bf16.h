@@ -61,7 +61,8 @@ struct Window {
 
  private:
   void enter(const Lut4Weight& w) {
-    inside = __mmask32((uint64_t(1) << min_of(kWindow, w.K - first) / 4) - 1);
+    const int64_t columns = first < w.K ? min_of(kWindow, w.K - first) : 0;
+    inside = __mmask32((uint64_t(1) << columns / 4) - 1);
     for (int64_t i = 0; i < kBooks; ++i) {
       groups[i] = group_;
       in_group_ += kColumns;
