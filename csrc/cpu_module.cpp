@@ -29,6 +29,8 @@ struct Kernels {
   void (*dequantize_int4)(const DequantizeInt4Params&);
   void (*lut4_gemm)(const Lut4GemmParams&);
   void (*dequantize_lut4)(const DequantizeLut4Params&);
+  void (*sparse24_gemm)(const Sparse24GemmParams&);
+  void (*sparse24_w4a16_gemm)(const Sparse24W4A16GemmParams&);
   void (*hessian_update)(const HessianUpdateParams&);
   bool (*hessian_factor)(const HessianFactorParams&);
   void (*obs_quantize)(const ObsQuantizeParams&);
@@ -41,6 +43,8 @@ struct Kernels {
    isa::dequantize_int4,                \
    isa::lut4_gemm,                      \
    isa::dequantize_lut4,                \
+   isa::sparse24_gemm,                  \
+   isa::sparse24_w4a16_gemm,            \
    isa::hessian_update,                 \
    isa::hessian_factor,                 \
    isa::obs_quantize}
@@ -192,6 +196,26 @@ PYBIND11_MODULE(_cpu, m) {
         active->dequantize_lut4(
             {lut4_weight(qweight, codebook, scales, N, K, group_size, books, scales_dtype, layout),
              pointer<void>(out), DType(dtype)});
+      },
+      unlocked);
+  m.def(
+      "sparse24_gemm",
+      [](uintptr_t x, uintptr_t values, uintptr_t meta, uintptr_t bias, uintptr_t out, int64_t M,
+         int64_t N, int64_t K, int64_t x_stride, int dtype, int layout) {
+        active->sparse24_gemm({pointer<void>(x), pointer<void>(values), pointer<void>(meta),
+                               pointer<void>(bias), pointer<void>(out), M, N, K, x_stride,
+                               DType(dtype), Sparse24Layout(layout)});
+      },
+      unlocked);
+  m.def(
+      "sparse24_w4a16_gemm",
+      [](uintptr_t x, uintptr_t qvalues, uintptr_t meta, uintptr_t scales, uintptr_t zeros,
+         uintptr_t bias, uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride,
+         int64_t group_size, int dtype, int scales_dtype, int layout) {
+        active->sparse24_w4a16_gemm(
+            {pointer<void>(x), pointer<void>(qvalues), pointer<void>(meta), pointer<void>(scales),
+             pointer<void>(zeros), pointer<void>(bias), pointer<void>(out), M, N, K, x_stride,
+             group_size, DType(dtype), DType(scales_dtype), Sparse24Layout(layout)});
       },
       unlocked);
   m.def(

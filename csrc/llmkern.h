@@ -68,6 +68,36 @@ struct Lut4GemmParams {
   DType dtype;  // of x, bias and out
 };
 
+// Layouts of a 2:4 sparse weight on the CPU; the pictures are in llmkern/formats/sparse24*.py.
+enum class Sparse24Layout : int32_t { kCanonical = 0, kCpu = 1 };
+
+// out[m, n] = sum_k x[m, k] * w[n, k] + bias[n], w zero but for two of every 4 columns
+struct Sparse24GemmParams {
+  const void* x;       // [M, K], row stride x_stride, unit column stride
+  const void* values;  // the kept values
+  const void* meta;    // which columns they are
+  const void* bias;    // [N], or null
+  void* out;           // [M, N]
+  int64_t M, N, K, x_stride;
+  DType dtype;  // of x, values, bias and out
+  Sparse24Layout layout;
+};
+
+// The same with w = scales * (codes - zeros) where kept.
+struct Sparse24W4A16GemmParams {
+  const void* x;        // [M, K], row stride x_stride, unit column stride
+  const void* qvalues;  // the kept codes
+  const void* meta;     // which columns they are
+  const void* scales;   // canonical [N, K/group_size], cpu [K/group_size, N]
+  const void* zeros;    // canonical: packed int32 [ceil(N/8), K/group_size]; cpu: uint8
+                        // [K/group_size, N]; null: the constant 8
+  const void* bias;     // [N] in dtype, or null
+  void* out;            // [M, N]
+  int64_t M, N, K, x_stride, group_size;
+  DType dtype, scales_dtype;
+  Sparse24Layout layout;
+};
+
 struct DequantizeLut4Params {
   Lut4Weight w;
   void* out;  // [N, K]

@@ -8,15 +8,17 @@
 
 #include "llmkern.h"
 
-#define LLMKERN_DECLARE_KERNELS(isa)                   \
-  namespace llmkern::isa {                             \
-  void w4a16_gemm(const W4A16GemmParams& p);           \
-  void dequantize_int4(const DequantizeInt4Params& p); \
-  void lut4_gemm(const Lut4GemmParams& p);             \
-  void dequantize_lut4(const DequantizeLut4Params& p); \
-  void hessian_update(const HessianUpdateParams& p);   \
-  bool hessian_factor(const HessianFactorParams& p);   \
-  void obs_quantize(const ObsQuantizeParams& p);       \
+#define LLMKERN_DECLARE_KERNELS(isa)                          \
+  namespace llmkern::isa {                                    \
+  void w4a16_gemm(const W4A16GemmParams& p);                  \
+  void dequantize_int4(const DequantizeInt4Params& p);        \
+  void lut4_gemm(const Lut4GemmParams& p);                    \
+  void dequantize_lut4(const DequantizeLut4Params& p);        \
+  void sparse24_gemm(const Sparse24GemmParams& p);            \
+  void sparse24_w4a16_gemm(const Sparse24W4A16GemmParams& p); \
+  void hessian_update(const HessianUpdateParams& p);          \
+  bool hessian_factor(const HessianFactorParams& p);          \
+  void obs_quantize(const ObsQuantizeParams& p);              \
   }
 
 LLMKERN_DECLARE_KERNELS(portable)

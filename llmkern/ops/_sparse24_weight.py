@@ -137,6 +137,11 @@ def _zeros(N: int, groups: int, layout: str) -> tuple[torch.dtype, tuple[int, ..
     return torch.uint8, ((groups, N) if layout == "cpu" else (0,))  # cuda: they lie in qvalues
 
 
+def refuse_cuda_layout(layout: str) -> str | None:
+    """Why the CPU kernels cannot read a weight, or None."""
+    return f"the weight is in the {layout} layout" if layout == "cuda" else None
+
+
 def canonical_weight(values: Tensor, meta: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """(values, meta) in the canonical layout, for backends that read no other."""
     if layout == "canonical":

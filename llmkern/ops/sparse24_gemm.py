@@ -15,22 +15,55 @@ from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.ops import _sparse24_cuda
 from llmkern.ops._int4_weight import refuse_triton_weight
-from llmkern.ops._library import FLOATS, LIBRARY, expect, register
-from llmkern.ops._sparse24_weight import canonical_weight, check_weight, weight_shape
+from llmkern.ops._library import (
+    DTYPE_CODES,
+    FLOATS,
+    LAYOUT_CODES,
+    LIBRARY,
+    expect,
+    pointer,
+    register,
+)
+from llmkern.ops._sparse24_weight import (
+    canonical_weight,
+    check_weight,
+    refuse_cuda_layout,
+    weight_shape,
+)
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.reference.sparse24_gemm import sparse24_gemm as _reference
 
 SCHEMA = "sparse24_gemm(Tensor x, Tensor values, Tensor meta, Tensor? bias, str layout) -> Tensor"
 
 
+def _refuse_cpu(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Any, layout: str, *_: Any
+) -> str | None:
+    return _backends.refuse_cpu(x.device.type) or refuse_cuda_layout(layout)
+
+
+def _launch_cpu(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
+) -> None:
+    kernels: Any = _backends.compiled_module("_cpu")[0]
+    kernels.sparse24_gemm(
+        x.data_ptr(),
+        values.data_ptr(),
+        meta.data_ptr(),
+        pointer(bias),
+        out.data_ptr(),
+        *out.shape,
+        x.shape[1],
+        x.stride(0),
+        DTYPE_CODES[x.dtype],
+        LAYOUT_CODES[layout],
+    )
+
+
 def _launch_reference(
     x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
 ) -> None:
     out.copy_(_reference(x, *canonical_weight(values, meta, layout), bias))
-
-
-def _refuse_missing(*_: Any) -> str:
-    return "this version has no such kernel"
 
 
 def _refuse_cuda(
@@ -60,7 +93,7 @@ def _launch_triton(*args: Any) -> None:
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
-    Backend("cpu", _refuse_missing, _launch_reference),
+    Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 

@@ -14,11 +14,20 @@ from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.ops import _sparse24_cuda
 from llmkern.ops._int4_weight import refuse_triton_weight
-from llmkern.ops._library import FLOATS, LIBRARY, expect, register
+from llmkern.ops._library import (
+    DTYPE_CODES,
+    FLOATS,
+    LAYOUT_CODES,
+    LIBRARY,
+    expect,
+    pointer,
+    register,
+)
 from llmkern.ops._sparse24_weight import (
     canonical_int4_weight,
     check_int4_weight,
     int4_weight_shape,
+    refuse_cuda_layout,
 )
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.reference.sparse24_w4a16_gemm import sparse24_w4a16_gemm as _reference
@@ -27,6 +36,41 @@ SCHEMA = (
     "sparse24_w4a16_gemm(Tensor x, Tensor qvalues, Tensor meta, Tensor scales, Tensor? zeros, "
     "Tensor? bias, int group_size, str layout) -> Tensor"
 )
+
+
+def _refuse_cpu(*args: Any) -> str | None:
+    x, *_, layout, _out = args
+    return _backends.refuse_cpu(x.device.type) or refuse_cuda_layout(layout)
+
+
+def _launch_cpu(
+    x: Tensor,
+    qvalues: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    kernels: Any = _backends.compiled_module("_cpu")[0]
+    kernels.sparse24_w4a16_gemm(
+        x.data_ptr(),
+        qvalues.data_ptr(),
+        meta.data_ptr(),
+        scales.data_ptr(),
+        pointer(zeros),
+        pointer(bias),
+        out.data_ptr(),
+        *out.shape,
+        x.shape[1],
+        x.stride(0),
+        group_size,
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
+    )
 
 
 def _launch_reference(
@@ -42,10 +86,6 @@ def _launch_reference(
 ) -> None:
     weight = canonical_int4_weight(qvalues, meta, scales, zeros, group_size, layout)
     out.copy_(_reference(x, *weight, bias, group_size))
-
-
-def _refuse_missing(*_: Any) -> str:
-    return "this version has no such kernel"
 
 
 def _refuse_cuda(
@@ -99,7 +139,7 @@ def _launch_triton(*args: Any) -> None:
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
-    Backend("cpu", _refuse_missing, _launch_reference),
+    Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 

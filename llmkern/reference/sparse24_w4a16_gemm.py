@@ -27,6 +27,8 @@ def dequantize_sparse24(
     """
     N, groups = scales.shape
     work = torch.float64 if dtype == torch.float64 else torch.float32
+    if groups == 0:
+        return torch.empty(N, 0, dtype=dtype, device=qvalues.device)
     points = None if zeros is None else unpack_zeros(zeros, 4, N)
     # Pruned codes come back as the zero point, which is the number 0.
     codes, _ = decompress_codes(qvalues, meta, points)

@@ -1,0 +1,110 @@
+// out[m, n] = sum_k x[m, k] * w[n, k] + bias[n], w = scales * (codes - zeros) for two of every 4
+// columns, else 0
+//
+// 3 bits are read per weight, and scales. A code minus its zero point is an exact integer, the
+// products are exact or rounded to float32, and a group's sum is scaled at the end; how they are
+// formed is in sparse24_block.h. bfloat16 x is multiplied by vdpbf16ps where that exists and there
+// are no zero points.
+#include "kernels.h"
+#include "sparse24_run.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+template <bool kZeros>
+class CodeReader {
+ public:
+  using Weight = Codes<kZeros>;
+
+  explicit CodeReader(const Sparse24W4A16GemmParams& p) : p_(p) {}
+
+  // Columns per panel: a divisor of the group, so that a panel has one scale per row.
+  int64_t columns() const {
+    int64_t columns = kPanelCols;
+    while (p_.group_size % columns) columns -= kWordCols;
+    return columns;
+  }
+
+  int64_t scratch_floats(int64_t blocks) const { return blocks * kBlockFloats; }
+
+  void load(int64_t first, int64_t count, int64_t k, int64_t words, void* scratch,
+            Weight* blocks) const {
+    float* own = static_cast<float*>(scratch);
+    for (int64_t b = 0; b < count; ++b, own += kBlockFloats) {
+      float *scales = own, *zeros = own + kBlockRows;
+      load_grid((first + b) * kBlockRows, k / p_.group_size, scales, zeros);
+      if (p_.layout == Sparse24Layout::kCpu) {
+        const int64_t word = (first + b) * (p_.K / kWordCols) + k / kWordCols;
+        blocks[b] = {static_cast<const int32_t*>(p_.qvalues) + 2 * word * kBlockRows,
+                     static_cast<const int32_t*>(p_.meta) + word * kBlockRows, scales, zeros};
+        continue;
+      }
+      int32_t* codes = reinterpret_cast<int32_t*>(own + 2 * kBlockRows);
+      int32_t* meta = codes + 2 * kPanelWords * kBlockRows;
+      repack(first + b, k, words, codes);
+      repack_meta(p_.meta, p_.N, p_.K, (first + b) * kBlockRows, k, words, meta);
+      blocks[b] = {codes, meta, scales, zeros};
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlockFloats = (2 + 3 * kPanelWords) * kBlockRows;
+
+  // Scales and zero points of a block's rows; scale 0 beyond N.
+  void load_grid(int64_t n0, int64_t group, float* scales, float* zeros) const {
+    const int64_t groups = p_.K / p_.group_size, count = min_of(kBlockRows, p_.N - n0);
+    memset(scales, 0, 2 * kBlockRows * sizeof(float));
+    if (p_.layout == Sparse24Layout::kCpu) {
+      const int64_t at = group * p_.N + n0;
+      // The next group's scales lie a row of N further, where no hardware prefetcher looks.
+      const int64_t bytes = p_.scales_dtype == DType::kFloat32 ? 4 : 2;
+      __builtin_prefetch(static_cast<const char*>(p_.scales) + (at + p_.N) * bytes);
+      to_float(p_.scales, at, p_.scales_dtype, count, scales);
+      if (kZeros)
+        for (int64_t r = 0; r < count; ++r)
+          zeros[r] = static_cast<const uint8_t*>(p_.zeros)[at + r];
+      return;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t n = n0 + r;
+      to_float(p_.scales, n * groups + group, p_.scales_dtype, 1, scales + r);
+      if (kZeros) {
+        const int32_t word = static_cast<const int32_t*>(p_.zeros)[n / 8 * groups + group];
+        zeros[r] = float(uint32_t(word) >> (4 * (n % 8)) & 15);
+      }
+    }
+  }
+
+  // Words of 8 codes, even ones to the low half and odd ones to the high half.
+  void repack(int64_t block, int64_t k, int64_t words, int32_t* out) const {
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      const int64_t n = block * kBlockRows + r;
+      for (int64_t i = 0; i < 2 * words; ++i) {
+        uint32_t word = 0;
+        if (n < p_.N) {
+          const uint32_t codes =
+              uint32_t(static_cast<const int32_t*>(p_.qvalues)[n * (p_.K / 16) + k / 16 + i]);
+          for (int j = 0; j < 4; ++j)
+            word |= (codes >> (8 * j) & 15) << (4 * j) | (codes >> (8 * j + 4) & 15)
+                                                             << (4 * j + 16);
+        }
+        out[i * kBlockRows + r] = int32_t(word);
+      }
+    }
+  }
+
+  const Sparse24W4A16GemmParams& p_;
+};
+
+}  // namespace
+
+void sparse24_w4a16_gemm(const Sparse24W4A16GemmParams& p) {
+  const Product product = {p.x, p.bias, p.out, p.M, p.N, p.K, p.x_stride, p.dtype};
+  if (p.zeros) return multiply<Floats>(product, CodeReader<true>(p));
+#ifdef __AVX512BF16__
+  if (p.dtype == DType::kBFloat16) return multiply<Halves>(product, CodeReader<false>(p));
+#endif
+  multiply<Floats>(product, CodeReader<false>(p));
+}
+
+}  // namespace llmkern::LLMKERN_ISA
