@@ -35,6 +35,10 @@ def methods(skip: Sequence[str] = ()) -> list[Method]:
         from peers import gpu
 
         listed += gpu.sparse24_methods()
+    else:
+        listed.append(matmul.dense("torch float32", torch.float32, 1e-5))
+        why = "needs a CUDA device"
+        listed += [matmul.absent(f"torch 2:4 {name}", why) for name in ("cuSPARSELt", "CUTLASS")]
     return [method for method in listed if method.name not in skip]
 
 

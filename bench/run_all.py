@@ -26,6 +26,7 @@ BENCHES = (
     "bench_w4a16_gemm",
     "bench_lut4_gemm",
     "bench_sparse24_gemm",
+    "bench_sparse24_w4a16_gemm",
     "bench_chain",
     "bench_hessian",
     "bench_obs",

@@ -90,6 +90,7 @@ def _example(op: str, device: str) -> Callable[[], object]:
     x = torch.randn(4, K, device=device)
     scales = torch.rand(N, K // group_size, device=device)
     qweight = torch.randint(0, 1 << 20, (N, K // 8), dtype=torch.int32, device=device)
+    meta = torch.full((N, K // 8), 0x44, dtype=torch.uint8, device=device)
 
     def hessian() -> Tensor:
         return torch.eye(K, device=device)
@@ -101,6 +102,12 @@ def _example(op: str, device: str) -> Callable[[], object]:
             x, qweight, torch.linspace(-1, 1, 16, device=device), scales, group_size=group_size
         ),
         "obs_quantize": lambda: ops.obs_quantize(x, hessian(), QuantFormat(4, group_size)),
+        "sparse24_gemm": lambda: ops.sparse24_gemm(
+            x, qweight.view(torch.float32).repeat(1, 4), meta
+        ),
+        "sparse24_w4a16_gemm": lambda: ops.sparse24_w4a16_gemm(
+            x, qweight[:, : K // 16].contiguous(), meta, scales, group_size=group_size
+        ),
         "w4a16_gemm": lambda: ops.w4a16_gemm(x, qweight, scales, group_size=group_size),
     }
     return calls[op]

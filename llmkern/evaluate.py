@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmkern.calibrate.data import Source, load_tokens
 from llmkern.models import evaluation_mode
+from llmkern.nn import PackedLinear
 
 # Logits are turned into float32 log-probabilities this many elements at a time (64 MiB).
 _CHUNK = 1 << 24
@@ -161,7 +162,10 @@ def weight_bytes(model: nn.Module) -> int:
     for module in model.modules():
         buffers = dict(module.named_buffers(recurse=False))
         held = [*module.parameters(recurse=False), *buffers.values()]
-        if len(held) == len(buffers) and buffers.keys() <= module._non_persistent_buffers_set:
+        computed = (
+            len(held) == len(buffers) and buffers.keys() <= module._non_persistent_buffers_set
+        )
+        if computed and not isinstance(module, PackedLinear):
             continue
         for tensor in held:
             storage = tensor.untyped_storage()

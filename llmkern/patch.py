@@ -16,6 +16,7 @@ from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import BLOCK_SIZES, LutFormat, codebook_name, group_size_of
 from llmkern.nn.int4_linear import BITS, Int4Linear
 from llmkern.nn.lut4_linear import Lut4Linear
+from llmkern.nn.sparse24_linear import Sparse24Linear
 
 Format = QuantFormat | LutFormat
 Rule = Format | Mapping[str, Format | None]
@@ -124,7 +125,7 @@ def choose_linears(
                 f"rule: got the pattern {pattern!r}, which matches no linear layer of "
                 f"{type(model).__name__}; layers are named like {next(iter(linears), 'none')!r}"
             )
-    shared = _shared_weights(model)
+    shared = shared_weights(model)
     for name, linear in linears.items():
         winner = winning_pattern(rules, name)
         fmt = None if winner is None else rules[winner]
@@ -260,7 +261,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     """Names under which each weight parameter is reached by different modules, where there are two."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -278,7 +279,7 @@ def _reason_to_leave(
     shared: Mapping[int, list[str]],
 ) -> tuple[str | None, bool]:
     """(why a layer is left alone or None, whether the rule asked for it)."""
-    if isinstance(linear, Int4Linear | Lut4Linear):
+    if isinstance(linear, Int4Linear | Lut4Linear | Sparse24Linear):
         return "already packed", False
     if pattern is None or dense:
         return (

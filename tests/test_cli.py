@@ -265,3 +265,29 @@ def test_tables_refuse_what_they_cannot_be(
     assert code == 1
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_sparse_weights_run_sparse_and_say_so(run: Run, tmp_path: Path, tokens: Path) -> None:
+    model = llmkern.load(MODEL)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            groups = module.weight.data.view(len(module.weight), -1, 4)
+            groups.scatter_(2, groups.abs().topk(2, 2, largest=False).indices, 0)
+    llmkern.save(model, tmp_path / "sparse")
+    results = {}
+    for option in ("--dense", None):
+        extra = () if option is None else (option,)
+        file = tmp_path / "result.json"
+        args = ("eval", tmp_path / "sparse", "--tokens", tokens, "--json", file)
+        code, _, err = run(*args, *extra)
+        assert code == 0
+        assert ("linear layers are 2:4 sparse" in err) == (option is None)
+        results[option] = json.loads(file.read_text())
+    assert results[None]["weight_bytes"] < 0.7 * results["--dense"]["weight_bytes"]
+    assert abs(results[None]["perplexity"] / results["--dense"]["perplexity"] - 1) < 1e-2
+    code, out, err = run(
+        "generate", tmp_path / "sparse", "--prompt", "def", "--max-new-tokens", "2"
+    )
+    assert code == 0
+    assert "--dense turns this off" in err
+    assert "sparse" not in out

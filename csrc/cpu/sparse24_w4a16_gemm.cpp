@@ -25,47 +25,62 @@ class CodeReader {
     return columns;
   }
 
-  int64_t scratch_floats(int64_t blocks) const { return blocks * kBlockFloats; }
+  int64_t scratch_floats(int64_t blocks) const {
+    const int64_t own = p_.layout == Sparse24Layout::kCpu ? 0 : kBlockWords;
+    return blocks * (2 * kBlockRows + own);
+  }
 
   void load(int64_t first, int64_t count, int64_t k, int64_t words, void* scratch,
             Weight* blocks) const {
-    float* own = static_cast<float*>(scratch);
-    for (int64_t b = 0; b < count; ++b, own += kBlockFloats) {
-      float *scales = own, *zeros = own + kBlockRows;
-      load_grid((first + b) * kBlockRows, k / p_.group_size, scales, zeros);
+    float* scales = static_cast<float*>(scratch);
+    float* zeros = scales + count * kBlockRows;
+    load_grids(first * kBlockRows, count * kBlockRows, k / p_.group_size, scales, zeros);
+    int32_t* own = reinterpret_cast<int32_t*>(zeros + count * kBlockRows);
+    for (int64_t b = 0; b < count; ++b) {
+      const int32_t *codes, *meta;
       if (p_.layout == Sparse24Layout::kCpu) {
         const int64_t word = (first + b) * (p_.K / kWordCols) + k / kWordCols;
-        blocks[b] = {static_cast<const int32_t*>(p_.qvalues) + 2 * word * kBlockRows,
-                     static_cast<const int32_t*>(p_.meta) + word * kBlockRows, scales, zeros};
-        continue;
+        codes = static_cast<const int32_t*>(p_.qvalues) + 2 * word * kBlockRows;
+        meta = static_cast<const int32_t*>(p_.meta) + word * kBlockRows;
+        // Beyond the reach of the hardware prefetcher, which has many short streams to follow here.
+        for (int64_t i = 0; i < words; ++i) {
+          __builtin_prefetch(codes + kAhead + 2 * i * kBlockRows, 0, 2);
+          __builtin_prefetch(codes + kAhead + (2 * i + 1) * kBlockRows, 0, 2);
+          __builtin_prefetch(meta + kAhead / 2 + i * kBlockRows, 0, 2);
+        }
+      } else {
+        int32_t* block = own + b * kBlockWords;
+        repack(first + b, k, words, block);
+        repack_meta(p_.meta, p_.N, p_.K, (first + b) * kBlockRows, k, words,
+                    block + 2 * kPanelWords * kBlockRows);
+        codes = block;
+        meta = block + 2 * kPanelWords * kBlockRows;
       }
-      int32_t* codes = reinterpret_cast<int32_t*>(own + 2 * kBlockRows);
-      int32_t* meta = codes + 2 * kPanelWords * kBlockRows;
-      repack(first + b, k, words, codes);
-      repack_meta(p_.meta, p_.N, p_.K, (first + b) * kBlockRows, k, words, meta);
-      blocks[b] = {codes, meta, scales, zeros};
+      blocks[b] = {codes, meta, scales + b * kBlockRows, zeros + b * kBlockRows};
     }
   }
 
  private:
-  static constexpr int64_t kBlockFloats = (2 + 3 * kPanelWords) * kBlockRows;
+  static constexpr int64_t kBlockWords = 3 * kPanelWords * kBlockRows;
+  static constexpr int64_t kAhead = 4 * 2 * kPanelWords * kBlockRows;  // four panels, 2 KB
 
-  // Scales and zero points of a block's rows; scale 0 beyond N.
-  void load_grid(int64_t n0, int64_t group, float* scales, float* zeros) const {
-    const int64_t groups = p_.K / p_.group_size, count = min_of(kBlockRows, p_.N - n0);
-    memset(scales, 0, 2 * kBlockRows * sizeof(float));
+  // Scales and zero points of some rows; scale 0 beyond N.
+  void load_grids(int64_t n0, int64_t rows, int64_t group, float* scales, float* zeros) const {
     if (p_.layout == Sparse24Layout::kCpu) {
       const int64_t at = group * p_.N + n0;
       // The next group's scales lie a row of N further, where no hardware prefetcher looks.
       const int64_t bytes = p_.scales_dtype == DType::kFloat32 ? 4 : 2;
-      __builtin_prefetch(static_cast<const char*>(p_.scales) + (at + p_.N) * bytes);
-      to_float(p_.scales, at, p_.scales_dtype, count, scales);
+      const char* next = static_cast<const char*>(p_.scales) + (at + p_.N) * bytes;
+      for (int64_t line = 0; line < rows * bytes; line += 64) __builtin_prefetch(next + line);
+      to_float(p_.scales, at, p_.scales_dtype, rows, scales);
       if (kZeros)
-        for (int64_t r = 0; r < count; ++r)
-          zeros[r] = static_cast<const uint8_t*>(p_.zeros)[at + r];
+        for (int64_t r = 0; r < rows; ++r) zeros[r] = static_cast<const uint8_t*>(p_.zeros)[at + r];
       return;
     }
-    for (int64_t r = 0; r < count; ++r) {
+    const int64_t groups = p_.K / p_.group_size;
+    memset(scales, 0, rows * sizeof(float));
+    memset(zeros, 0, rows * sizeof(float));
+    for (int64_t r = 0; r < min_of(rows, p_.N - n0); ++r) {
       const int64_t n = n0 + r;
       to_float(p_.scales, n * groups + group, p_.scales_dtype, 1, scales + r);
       if (kZeros) {

@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+notes = Console(stderr=True, soft_wrap=True)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL_DIR", help="Directory of a Hugging Face model.")
@@ -28,10 +29,18 @@ DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one by default.")]
+Dense = Annotated[
+    bool, typer.Option("--dense", help="Leave 2:4 sparse weights to the dense kernels.")
+]
 
 
-def open_model(model_dir: str, dtype: str | None, device: str | None) -> Any:
-    """The model in `model_dir`, dense or compressed, on the device asked for."""
+def open_model(
+    model_dir: str, dtype: str | None, device: str | None, *, sparse: bool = False
+) -> Any:
+    """The model in `model_dir`, dense or compressed, on the device asked for.
+
+    With `sparse`, layers with 2:4 sparse weights run on the sparse kernels, and one line says so.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -42,6 +51,12 @@ def open_model(model_dir: str, dtype: str | None, device: str | None) -> Any:
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(kinds)}")
     model: Any = llmkern.load(model_dir, dtype=kinds[dtype] if dtype else "auto")
+    if sparse:
+        from llmkern.hf import accelerate_sparse
+
+        found = accelerate_sparse(model)
+        if found:
+            notes.print(f"{model_dir}: {found}; --dense turns this off", highlight=False)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from llmkern.cli.app import Device, DType, Model, SeqLen, app, console, open_model, open_tokenizer
+from llmkern.cli.app import (
+    Dense,
+    Device,
+    DType,
+    Model,
+    SeqLen,
+    app,
+    console,
+    open_model,
+    open_tokenizer,
+)
 
 
 @app.command("eval")
@@ -26,6 +36,7 @@ def evaluate(
     ] = None,
     dtype: DType = None,
     device: Device = None,
+    dense: Dense = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here too.")
     ] = None,
@@ -36,11 +47,11 @@ def evaluate(
     if (text is None) == (tokens is None):
         raise ValueError("--text, --tokens: got both or neither, expected exactly one of them")
     result = run(
-        open_model(model_dir, dtype, device),
+        open_model(model_dir, dtype, device, sparse=not dense),
         text or tokens,
         open_tokenizer(model_dir),
         seq_len=seq_len,
-        reference=open_model(reference, dtype, device) if reference else None,
+        reference=open_model(reference, dtype, device, sparse=not dense) if reference else None,
         progress=True,
     ).to_dict()
     table = Table(show_header=False)

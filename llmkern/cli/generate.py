@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmkern.cli.app import Device, DType, Model, app, console, open_model, open_tokenizer
+from llmkern.cli.app import Dense, Device, DType, Model, app, console, open_model, open_tokenizer
 
 
 @app.command()
@@ -18,11 +18,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: DType = None,
     device: Device = None,
+    dense: Dense = False,
 ) -> None:
     """Continue a prompt."""
     import torch
 
-    model = open_model(model_dir, dtype, device)
+    model = open_model(model_dir, dtype, device, sparse=not dense)
     tokenizer = open_tokenizer(model_dir)
     if tokenizer is None:
         raise ValueError(

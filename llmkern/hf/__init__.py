@@ -1,7 +1,8 @@
 """Hugging Face checkpoints: save, load, and take over models that transformers has loaded."""
 
+from llmkern.hf._sparse24 import accelerate_sparse
 from llmkern.hf.accelerate import accelerate
 from llmkern.hf.load import load
 from llmkern.hf.save import save
 
-__all__ = ["accelerate", "load", "save"]
+__all__ = ["accelerate", "accelerate_sparse", "load", "save"]

@@ -1,4 +1,4 @@
-"""Take over a quantized model that transformers has loaded: compressed-tensors, bitsandbytes' 4 bits."""
+"""Take over a model that transformers has loaded: compressed-tensors, bitsandbytes, 2:4 sparse."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 from torch import nn
 
 from llmkern.formats.bitsandbytes import METHOD as BITSANDBYTES
+from llmkern.hf._sparse24 import accelerate_sparse, like
 from llmkern.hf.scheme import weights_format
-from llmkern.nn import Int4Linear, Lut4Linear
+from llmkern.nn import Int4Linear, Lut4Linear, PackedLinear
 from llmkern.patch import find_expert_matrices, record_formats, warn_dense
 
 Model = TypeVar("Model", bound=nn.Module)
-Replacement = TypeVar("Replacement", bound=nn.Module)
 
 
 def accelerate(model: Model) -> Model:
-    """Run a compressed-tensors or bitsandbytes 4-bit model packed, on llmkern's kernels.
+    """Run a compressed-tensors, bitsandbytes 4-bit or 2:4 sparse model on llmkern's kernels.
 
     transformers keeps a `pack-quantized` checkpoint packed only until the first forward pass, which
     expands every layer to dense. Called before that pass, this swaps the packed layers for
@@ -28,30 +28,46 @@ def accelerate(model: Model) -> Model:
     A model that transformers has loaded with bitsandbytes in 4 bits gets `Lut4Linear` layers instead, at
     any time; nested scales are decoded.
 
+    Linears whose weight is 2:4 sparse (at most two non-zeros in every 4 columns, 45 % zeros in all)
+    become `Sparse24Linear`, and such `Int4Linear`, their zeros being the codes at the zero point,
+    `Sparse24Int4Linear`, at any time and in any of these models; layers that share their weight stay
+    dense. Saving writes the plain dense or int4 model again.
+
     Layers of other formats (8 bits, fp8, quantized activations ...) and MoE experts held as 3-D
     parameters stay with transformers and are listed in one warning.
 
     Args:
         model: from `from_pretrained`, with compressed-tensors installed and not used yet, or with
-            bitsandbytes.
+            bitsandbytes; or any model with 2:4 sparse weights, whoever loaded it.
 
     Returns:
         The same model, changed in place.
 
     Raises:
-        ValueError: the first forward pass has already expanded the model, or nothing in it is packed.
+        ValueError: the first forward pass has already expanded the model, or nothing in it is packed or
+            2:4 sparse.
     """
     if _method(model) == BITSANDBYTES:
-        return _accelerate_bitsandbytes(model)
+        _accelerate_bitsandbytes(model)
+    else:
+        _accelerate_compressed_tensors(model)
+    accelerate_sparse(model)
+    return model
+
+
+def _accelerate_compressed_tensors(model: nn.Module) -> None:
     quantized = {
         name: module
         for name, module in model.named_modules()
         if getattr(module, "quantization_scheme", None) is not None
     }
     packed = {n: m for n, m in quantized.items() if "weight_packed" in m._parameters}
-    done = any(isinstance(module, Int4Linear | Lut4Linear) for module in model.modules())
-    if not packed and not done:
-        raise ValueError(_why_nothing_is_packed(quantized))
+    if not packed:
+        done = any(isinstance(module, PackedLinear) for module in model.modules())
+        if not done and (quantized or not accelerate_sparse(model)):
+            raise ValueError(_why_nothing_is_packed(quantized))
+    if not quantized:
+        return
     left = {}
     for name, module in quantized.items():
         try:
@@ -70,7 +86,6 @@ def accelerate(model: Model) -> Model:
     elif hook is not None:
         _expand_at_first_pass(model, rest)
     warn_dense("accelerate", left)
-    return model
 
 
 def _why_nothing_is_packed(quantized: dict[str, nn.Module]) -> str:
@@ -81,7 +96,7 @@ def _why_nothing_is_packed(quantized: dict[str, nn.Module]) -> str:
         )
     return (
         "model: got no packed layer in it, expected a compressed-tensors model from from_pretrained "
-        "(with compressed-tensors installed), or one in bitsandbytes' 4 bits"
+        "(with compressed-tensors installed), one in bitsandbytes' 4 bits, or 2:4 sparse weights"
     )
 
 
@@ -106,7 +121,7 @@ def _take_over(module: nn.Module, name: str) -> Int4Linear:
     problem = layer.problem("weight_shape", own["weight_shape"])
     if problem:
         raise ValueError(f"{name}: {problem}")
-    return _like(module, layer)
+    return like(module, layer)
 
 
 def _method(model: nn.Module) -> str | None:
@@ -116,7 +131,7 @@ def _method(model: nn.Module) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def _accelerate_bitsandbytes(model: Model) -> Model:
+def _accelerate_bitsandbytes(model: nn.Module) -> None:
     # bitsandbytes' own linears, told by the state that only their weights have once loaded.
     layers = {
         name: module
@@ -134,24 +149,11 @@ def _accelerate_bitsandbytes(model: Model) -> Model:
         except ValueError as error:
             left[name] = str(error)
         else:
-            model.set_submodule(name, _like(module, layer))
+            model.set_submodule(name, like(module, layer))
     if not left:
         _release(model)
         model.__dict__.pop("is_loaded_in_4bit", None)
     warn_dense("accelerate", left | find_expert_matrices(model))
-    return model
-
-
-def _like(module: nn.Module, layer: Replacement) -> Replacement:
-    """`layer` in the mode and with the hooks of the module that it replaces."""
-    layer.train(module.training)
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        # A model spread over devices moves activations between them in these hooks.
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(layer, hook)
-    return layer
 
 
 def _expand_at_first_pass(model: nn.Module, names: list[str]) -> None:

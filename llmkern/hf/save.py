@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llmkern.hf.checkpoint_files import CONFIG
-from llmkern.nn import Int4Linear, Lut4Linear
+from llmkern.nn import Int4Linear, Lut4Linear, Sparse24Linear
 from llmkern.patch import find_expert_matrices, quantization_config
 
 if TYPE_CHECKING:
@@ -36,9 +36,11 @@ def save(
     `Int4Linear` layers are written in compressed-tensors' `pack-quantized` format: `llmkern.load` and
     `llmkern.accelerate` run them packed, transformers with compressed-tensors, vLLM and others read
     them as they are. `Lut4Linear` layers of NF4 or FP4 are written as bitsandbytes' 4-bit layers, for
-    transformers with bitsandbytes. Everything is written into a new directory beside the target, named
-    `<directory>.partial-…`, and renamed when complete: a process that is killed leaves the target as it
-    was.
+    transformers with bitsandbytes. 2:4 sparse layers are written as the dense or int4 layers that they
+    stand for, whose zeros are the pattern: `llmkern.accelerate` finds them again.
+
+    Everything is written into a new directory beside the target, named `<directory>.partial-…`, and
+    renamed when complete: a process that is killed leaves the target as it was.
 
     Args:
         model: a transformers model.
@@ -120,7 +122,10 @@ def _warn_readers(model: PreTrainedModel) -> None:
 
 def _check_space(model: nn.Module, directory: Path) -> None:
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    need, free = sum(tensors.values()), shutil.disk_usage(directory).free
+    # Sparse layers of floats are written dense.
+    sparse = [m for m in model.modules() if isinstance(m, Sparse24Linear)]
+    dense = sum(m.in_features * m.out_features * m.dtype.itemsize for m in sparse)
+    need, free = sum(tensors.values()) + dense, shutil.disk_usage(directory).free
     if need > free:
         raise OSError(
             f"{directory.parent}: got {free / 2**30:.2f} GiB of free space, expected at least "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Int4Linear(PackedLinear):
     activation = "float"
     _FILE_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     _REPACKED_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
-    _KERNEL_BUFFERS = ("_qweight", "_scales", "_zeros")
+    _KERNEL_BUFFERS: ClassVar[tuple[str, ...]] = ("_qweight", "_scales", "_zeros")
 
     weight_packed: Tensor
     weight_scale: Tensor

@@ -17,7 +17,15 @@ from llmkern.ops.w4a16_gemm import w4a16_gemm
 
 # Ops whose row is complete: a kernel in every backend. dequantize_lut4 needs none on a GPU,
 # dequantize_sparse24 none at all, and kd_loss is torch's products around one Triton kernel.
-OPS = ("dequantize_int4", "hessian_update", "lut4_gemm", "obs_quantize", "w4a16_gemm")
+OPS = (
+    "dequantize_int4",
+    "hessian_update",
+    "lut4_gemm",
+    "obs_quantize",
+    "sparse24_gemm",
+    "sparse24_w4a16_gemm",
+    "w4a16_gemm",
+)
 
 __all__ = [
     "OPS",

@@ -273,6 +273,70 @@ void check_lut4(const Shape& shape, DType dtype, Lut4Layout layout, int books) {
   }
 }
 
+// Two of every 4 columns, as 4 bits of a group's metadata.
+const uint32_t kNibbles[] = {0x4, 0x8, 0x9, 0xc, 0xd, 0xe};
+
+// llmkern/formats/sparse24_cpu.py: blocks of 16 rows, words of metadata [word][row].
+std::vector<uint32_t> blocked(const std::vector<uint32_t>& words, int64_t N) {
+  const int64_t count = int64_t(words.size()) / N;
+  std::vector<uint32_t> out(words.size());
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t i = 0; i < count; i++)
+      out[(n / 16 * count + i) * 16 + n % 16] = words[n * count + i];
+  return out;
+}
+
+// A 2:4 weight of floats, or with groups of 32 of codes; N a multiple of 16 in the cpu layout.
+void check_sparse24(int64_t N, int64_t K, DType dtype, bool cpu, bool zero_points) {
+  const int64_t groups = K / 32;
+  std::vector<uint32_t> meta(N * K / 32), codes(N * K / 16), shuffled(N * K / 16);
+  std::vector<float> kept(N * K / 2), scales = random_scales(N * groups);
+  std::vector<float> blocks(N * K / 2), scales_by_group(N * groups);
+  std::vector<uint8_t> centres = random_codes(N * groups), zeros_by_group(N * groups);
+  std::vector<uint32_t> zeros((N + 7) / 8 * groups);
+  std::vector<double> w(N * K), w4(N * K);
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t g = 0; g < groups; g++) {
+      zeros[n / 8 * groups + g] |= uint32_t(centres[n * groups + g]) << (n % 8 * 4);
+      zeros_by_group[g * N + n] = centres[n * groups + g];
+      scales_by_group[g * N + n] = scales[n * groups + g];
+    }
+  for (int64_t i = 0; i < N * K / 2; i++) {
+    const int64_t n = i / (K / 2), group = i / 2, at = i % 2;
+    const int64_t column = group * 4;
+    if (at == 0) meta[group / 8] |= kNibbles[random_word() % 6] << (group % 8 * 4);
+    const int64_t k = column + (meta[group / 8] >> (group % 8 * 4 + 2 * at) & 3);
+    const uint32_t code = random_word() % 16;
+    kept[i] = random_value();
+    codes[i / 8] |= code << (i % 8 * 4);
+    shuffled[i / 8] |= code << ((i % 8 / 2 + 4 * at) * 4);
+    w[k] = kept[i];
+    w4[k] = scales[column / 32] * (int(code) - (zero_points ? centres[column / 32] : 8));
+    const int64_t place = dtype == DType::kBFloat16 ? n % 16 * 2 + at : at * 16 + n % 16;
+    if (cpu) blocks[(n / 16 * (K / 4) + group % (K / 4)) * 32 + place] = kept[i];
+  }
+  const Sparse24Layout layout = cpu ? Sparse24Layout::kCpu : Sparse24Layout::kCanonical;
+  const std::vector<uint32_t> meta_blocks = cpu ? blocked(meta, N) : meta;
+  const std::vector<uint32_t> code_blocks = cpu ? blocked(shuffled, N) : codes;
+  Array values(cpu ? blocks : kept, dtype), grid(cpu ? scales_by_group : scales, dtype);
+  const void* points = cpu ? static_cast<const void*>(zeros_by_group.data()) : zeros.data();
+  const std::string title = std::string(name(dtype)) + (cpu ? " cpu" : " canonical") +
+                            (zero_points ? " zeros" : "") + " N=" + std::to_string(N);
+  for (int64_t M : {1, 7}) {
+    const Product product(M, N, K);
+    Array x(product.x, dtype), bias(product.bias, dtype), out(M * N, dtype);
+    portable::sparse24_gemm({x.data(), values.data(), meta_blocks.data(), bias.data(), out.data(),
+                             M, N, K, product.stride, dtype, layout});
+    report("sparse24_gemm " + title + " M=" + std::to_string(M),
+           relative_error(out, product.with(w)), tolerance(dtype));
+    portable::sparse24_w4a16_gemm({x.data(), code_blocks.data(), meta_blocks.data(), grid.data(),
+                                   zero_points ? points : nullptr, bias.data(), out.data(), M, N, K,
+                                   product.stride, 32, dtype, dtype, layout});
+    report("sparse24_w4a16_gemm " + title + " M=" + std::to_string(M),
+           relative_error(out, product.with(w4)), tolerance(dtype));
+  }
+}
+
 void check_hessian_update(int64_t T, int64_t K, DType dtype) {
   const std::vector<float> values = random_values(T * K);
   Array x(values, dtype);
@@ -352,6 +416,10 @@ int main() {
         for (bool symmetric : {false, true}) check_int4(shape, dtype, layout, symmetric);
       for (Lut4Layout layout : {Lut4Layout::kCanonical, Lut4Layout::kCpu})
         for (int books : {0, 1, 2}) check_lut4(shape, dtype, layout, books);
+    }
+    for (bool zero_points : {false, true}) {
+      for (bool cpu : {false, true}) check_sparse24(48, 192, dtype, cpu, zero_points);
+      check_sparse24(21, 160, dtype, false, zero_points);
     }
     for (int64_t K : {1, 33, 130}) check_hessian_update(70, K, dtype);
   }
