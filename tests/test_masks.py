@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llmkern
 from llmkern import LutFormat, QuantFormat, keep_masks
 from llmkern.masks import kept_mask, pruned_layers, recorded_layers
+from llmkern.nn import Sparse24Int4Linear, Sparse24Linear
 from llmkern.prune import prune
 
 VOCAB, LAYERS = 96, 2
@@ -149,6 +150,26 @@ def test_pruning_and_quantizing_keeps_the_pattern(tokens: Tensor) -> None:
     llmkern.quantize(model, "gptq", bits=4, group_size=32, calibration=tokens)
     for name, weight in weights(model).items():
         assert bool((weight.unflatten(1, (-1, 4)).count_nonzero(2) <= 2).all()), name
+
+
+def test_a_pruned_model_runs_on_the_sparse_kernels(tokens: Tensor, tmp_path: Path) -> None:
+    """2:4, then int4, then accelerate: each step finds the pattern of the one before."""
+    model = tiny().eval()
+    llmkern.prune(model, "sparsegpt", pattern="2:4", calibration=tokens)
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = dense(input_ids=tokens).logits
+        llmkern.accelerate(dense)
+        assert torch.allclose(dense(input_ids=tokens).logits, wanted, atol=1e-4)
+    assert sum(isinstance(m, Sparse24Linear) for m in dense.modules()) == 7 * LAYERS
+    llmkern.quantize(model, "gptq", bits=4, group_size=32, calibration=tokens)
+    llmkern.save(model, tmp_path / "out")
+    packed = llmkern.load(tmp_path / "out")
+    with torch.no_grad():
+        wanted = packed(input_ids=tokens).logits
+        llmkern.accelerate(packed)
+        assert torch.allclose(packed(input_ids=tokens).logits, wanted, atol=1e-4)
+    assert sum(isinstance(m, Sparse24Int4Linear) for m in packed.modules()) == 7 * LAYERS
 
 
 # --- training -------------------------------------------------------------------------------------
