@@ -12,7 +12,14 @@ from torch import Tensor
 
 import llmkern
 from llmkern._memory import empty_huge
-from llmkern.formats import int4_cpu, int4_cuda, lut4_cpu, sparse24_cpu, sparse24_cuda
+from llmkern.formats import (
+    int4_cpu,
+    int4_cuda,
+    lut4_cpu,
+    lut4_cuda,
+    sparse24_cpu,
+    sparse24_cuda,
+)
 from llmkern.formats.int4 import pack_codes
 from llmkern.formats.lut4 import CODEBOOKS, group_scales, quantize_blockwise
 from llmkern.formats.sparse24 import compress, compress_codes
@@ -81,8 +88,8 @@ def lut4_methods() -> list[Method]:
     """lut4_gemm with the NF4 book and with books per row."""
     if torch.get_default_device().type == "cuda":
         return [
-            lut4_method(torch.bfloat16, "canonical", per_row=per_row, backend=backend)
-            for backend in ("cuda", "triton")
+            lut4_method(torch.bfloat16, layout, per_row=per_row, backend=backend)
+            for layout, backend in (("cuda", "cuda"), ("canonical", "triton"))
             for per_row in (False, True)
         ]
     return [
@@ -104,10 +111,12 @@ def lut4_method(
         scales = group_scales(absmax, BLOCK_SIZE, (w.shape[0], w.shape[1])).bfloat16()
         values = book[codes.int()].unflatten(1, (scales.shape[1], -1))
         made[:] = [(values * scales[..., None].float()).flatten(1)]
-        qweight = pack_codes(codes, 4)
+        canonical = (pack_codes(codes, 4), book.repeat(len(w), 1) if per_row else book, scales)
+        if layout == "cuda":
+            return lut4_cuda.to_cuda_layout(*canonical, BLOCK_SIZE)
         if layout == "cpu":
-            qweight = lut4_cpu.to_cpu_layout(qweight)
-        return qweight, book.repeat(len(w), 1) if per_row else book, scales
+            return lut4_cpu.to_cpu_layout(canonical[0]), *canonical[1:]
+        return canonical
 
     def product(x: Tensor, operand: Any) -> Tensor:
         return lut4_gemm(x, *operand, group_size=BLOCK_SIZE, layout=layout)

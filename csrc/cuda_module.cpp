@@ -86,14 +86,14 @@ PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
       "w4a16_gemm",
       [](uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t bias,
          uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t group_size,
-         int dtype, int scales_dtype, int layout, int rows, int split, bool bulk,
+         int dtype, int scales_dtype, int layout, int rows, int split, int stages, bool bulk,
          uintptr_t workspace, int device, uintptr_t stream) {
         const DeviceGuard guard(device);
         cuda::w4a16_gemm(
             {pointer<void>(x),
              int4_weight(qweight, scales, zeros, N, K, group_size, scales_dtype, layout),
              pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype)},
-            {rows, split, bulk, pointer<float>(workspace)}, pointer<void>(stream));
+            {rows, split, bulk, pointer<float>(workspace), stages}, pointer<void>(stream));
       },
       unlocked);
   m.def(
@@ -112,15 +112,42 @@ PYBIND11_MODULE(LLMKERN_CUDA_MODULE, m) {
       "lut4_gemm",
       [](uintptr_t x, uintptr_t qweight, uintptr_t codebook, uintptr_t scales, uintptr_t bias,
          uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t group_size,
-         int books, int dtype, int scales_dtype, int layout, int device, uintptr_t stream) {
+         int books, int dtype, int scales_dtype, int layout, int rows, int split, int stages,
+         bool bulk, uintptr_t workspace, int device, uintptr_t stream) {
         const DeviceGuard guard(device);
         cuda::lut4_gemm(
             {pointer<void>(x),
              lut4_weight(qweight, codebook, scales, N, K, group_size, books, scales_dtype, layout),
              pointer<void>(bias), pointer<void>(out), M, x_stride, DType(dtype)},
+            {rows, split, bulk, pointer<float>(workspace), stages}, pointer<void>(stream));
+      },
+      unlocked);
+  m.def(
+      "dequantize_lut4",
+      [](uintptr_t qweight, uintptr_t codebook, uintptr_t scales, uintptr_t out, int64_t N,
+         int64_t K, int64_t group_size, int books, int dtype, int scales_dtype, int layout,
+         int device, uintptr_t stream) {
+        const DeviceGuard guard(device);
+        cuda::dequantize_lut4(
+            {lut4_weight(qweight, codebook, scales, N, K, group_size, books, scales_dtype, layout),
+             pointer<void>(out), DType(dtype)},
             pointer<void>(stream));
       },
       unlocked);
+  for (const bool unpack : {false, true})
+    m.def(
+        unpack ? "unpack_chunks" : "pack_chunks",
+        [unpack](uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t books,
+                 uintptr_t chunks, int64_t N, int64_t K, int64_t group_size, int scale_bytes,
+                 bool split_pairs, int device, uintptr_t stream) {
+          const DeviceGuard guard(device);
+          (unpack ? cuda::unpack_chunks : cuda::pack_chunks)(
+              {pointer<uint32_t>(qweight), pointer<void>(scales), pointer<uint32_t>(zeros),
+               pointer<float>(books), pointer<unsigned char>(chunks), N, K, group_size, scale_bytes,
+               split_pairs},
+              pointer<void>(stream));
+        },
+        unlocked);
   m.def(
       "sparse24_gemm",
       [](uintptr_t x, uintptr_t values, uintptr_t bias, uintptr_t out, int64_t M, int64_t N,

@@ -45,14 +45,16 @@ struct DequantizeInt4Params {
 };
 
 // Layouts of 4-bit codes into a book; the pictures are in llmkern/formats/lut4*.py.
-enum class Lut4Layout : int32_t { kCanonical = 0, kCpu = 1 };
+enum class Lut4Layout : int32_t { kCanonical = 0, kCpu = 1, kCuda = 2 };
 
 // w[n, k] = scales[n, k / group_size] * codebook[.., codes[n, k]]
 struct Lut4Weight {
   const void* qweight;
   const float* codebook;  // 16 entries for row n, group g at n * book_row_stride + g *
-                          // book_group_stride; both 0 for one book
-  const void* scales;     // [N, K/group_size], or null: 1
+                          // book_group_stride; both 0 for one book. cuda: not read if groups
+                          // have books, which the chunks of qweight hold
+  const void* scales;     // [N, K/group_size], or null: 1; cuda: not null if the chunks of
+                          // qweight hold them
   int64_t N, K, group_size, book_row_stride, book_group_stride;
   DType scales_dtype;
   Lut4Layout layout;

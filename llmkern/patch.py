@@ -226,8 +226,8 @@ def _common_table(layers: Mapping[str, Lut4Linear]) -> str:
     """ "nf4" or "fp4", which all layers have as a bitsandbytes checkpoint needs it."""
     first: tuple[str, str] | None = None
     for name, layer in layers.items():
-        kind = codebook_name(layer.weight_codebook)
-        if kind is None or layer.weight_scale is None:
+        kind = codebook_name(layer.codebook)
+        if kind is None or not layer.scaled:
             raise ValueError(
                 f"{name}: got a book of its own or no scales, expected the NF4 or FP4 table: no "
                 "checkpoint format holds others; save the state_dict with torch.save, or quantize the "

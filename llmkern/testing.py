@@ -8,12 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.formats import sparse24_cuda
+from llmkern.formats import int4_cuda, lut4_cuda, sparse24_cuda
 from llmkern.formats.int4 import pack_codes, pack_zeros
 from llmkern.formats.lut4 import NF4_CODEBOOK
 from llmkern.formats.sparse24 import NIBBLES, decompress
-from llmkern.ops import sparse24_gemm, sparse24_w4a16_gemm
+from llmkern.ops import (
+    _cuda_layout,
+    dequantize_int4,
+    dequantize_lut4,
+    lut4_gemm,
+    sparse24_gemm,
+    sparse24_w4a16_gemm,
+    w4a16_gemm,
+)
+from llmkern.reference import lut4_gemm as lut4_spec
+from llmkern.reference import w4a16_gemm as int4_spec
 from llmkern.reference.sparse24_w4a16_gemm import dequantize_sparse24
+
+# The three tensors of a weight: qweight, scales, zeros; or qweight, codebook, scales.
+Weight = tuple[Any, Any, Any]
 
 
 def assert_matches(out: Tensor, spec: Tensor, like: Tensor, slack: float = 2.0) -> None:
@@ -95,18 +108,138 @@ def random_lut4_weight(
     return pack_codes(codes, 4), codebook, scales
 
 
-# w4a16_gemm over weights in the cuda layout, a line per hazard: M, N, K, group size, symmetric, scale
-# dtype. Tests in the emulator and on a GPU share them.
+@dataclass(frozen=True)
+class CodeCase:
+    """A product with a weight of 4-bit codes, for tests in the emulator and on a GPU alike.
+
+    Attributes:
+        M, N, K, group_size: of the product.
+        values: what codes stand for: integers, "symmetric" or with "zeros"; or the entries of a book,
+            "nf4", "tensor", "row" or "group".
+        scale_dtype: None for no scales (books only).
+    """
+
+    M: int
+    N: int
+    K: int
+    group_size: int
+    values: str = "symmetric"
+    scale_dtype: torch.dtype | None = torch.float32
+
+    @property
+    def integers(self) -> bool:
+        """Whether w4a16_gemm serves it; else lut4_gemm."""
+        return self.values in ("symmetric", "zeros")
+
+    def weight(self, device: torch.device | str = "cpu") -> Weight:
+        """Random, in the canonical layout: the op's three tensors."""
+        if self.integers:
+            assert self.scale_dtype is not None
+            parts = random_int4_weight(
+                self.N,
+                self.K,
+                self.group_size,
+                symmetric=self.values == "symmetric",
+                scale_dtype=self.scale_dtype,
+            )
+        else:
+            parts = random_lut4_weight(
+                self.N, self.K, self.group_size, book=self.values, scale_dtype=self.scale_dtype
+            )
+        first, second, third = (None if t is None else t.to(device) for t in parts)
+        return first, second, third
+
+    def pack(self, weight: Weight, *, kernel: bool = True) -> Weight:
+        """In the cuda layout; by the CUDA kernels if they serve here, and unless `kernel` is False."""
+        convert: Any
+        if self.integers:
+            convert = _cuda_layout.pack_int4 if kernel else int4_cuda.to_cuda_layout
+        else:
+            convert = _cuda_layout.pack_lut4 if kernel else lut4_cuda.to_cuda_layout
+        packed: Weight = convert(*weight, self.group_size)
+        return packed
+
+    def unpack(self, packed: Weight, *, kernel: bool = True) -> Weight:
+        """Inverse of `pack`."""
+        convert: Any
+        if self.integers:
+            convert = _cuda_layout.unpack_int4 if kernel else int4_cuda.from_cuda_layout
+        else:
+            convert = _cuda_layout.unpack_lut4 if kernel else lut4_cuda.from_cuda_layout
+        weight: Weight = convert(*packed, self.group_size)
+        return weight
+
+    def multiply(
+        self, x: Tensor, weight: Weight, bias: Tensor | None = None, layout: str = "canonical"
+    ) -> Tensor:
+        """x wᵀ + bias by the op."""
+        op: Any = w4a16_gemm if self.integers else lut4_gemm
+        y: Tensor = op(x, *weight, bias, group_size=self.group_size, layout=layout)
+        return y
+
+    def dequantize(self, weight: Weight, dtype: torch.dtype, layout: str) -> Tensor:
+        """The dense weight by the op."""
+        op: Any = dequantize_int4 if self.integers else dequantize_lut4
+        w: Tensor = op(*weight, group_size=self.group_size, dtype=dtype, layout=layout)
+        return w
+
+    def dense(self, weight: Weight, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The dense weight by the specification, from the canonical layout."""
+        spec: Any = int4_spec.dequantize_int4 if self.integers else lut4_spec.dequantize_lut4
+        w: Tensor = spec(*weight, self.group_size, dtype)
+        return w
+
+    def check(
+        self, out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None, slack: float
+    ) -> None:
+        """`assert_matches` of a product with the canonical weight."""
+        w = self.dense(weight)
+        wide = None if bias is None else bias.double()
+        spec = torch.nn.functional.linear(x.double(), w, wide)
+        like = torch.nn.functional.linear(x, w.to(x.dtype), bias)
+        assert_matches(out, spec, like, slack)
+
+
+# A line per hazard.
+CANONICAL_CASES = {
+    "m1_lanes_without_work": CodeCase(1, 9, 96, 32),
+    "m1_k_loop_runs_twice": CodeCase(1, 5, 1056, 96, "zeros", torch.float16),
+    "m2_n_odd": CodeCase(2, 37, 128, 128, "zeros", torch.bfloat16),
+    "m3_row_tail": CodeCase(3, 8, 64, 32, "zeros"),
+    "m8_one_column": CodeCase(8, 1, 64, 64),
+    "m9_first_of_the_tiles": CodeCase(9, 65, 64, 32, "zeros", torch.float16),
+    "m33_long_k": CodeCase(33, 20, 2048, 128),
+    "m130_three_row_tiles": CodeCase(130, 70, 96, 96, "symmetric", torch.bfloat16),
+    "m1_nf4": CodeCase(1, 9, 96, 32, "nf4"),
+    "m1_group_books_k_loop_runs_twice": CodeCase(1, 5, 1056, 96, "group", torch.float16),
+    "m2_row_books": CodeCase(2, 37, 128, 128, "row", torch.bfloat16),
+    "m3_no_scales": CodeCase(3, 8, 64, 32, "nf4", None),
+    "m8_group_books_one_column": CodeCase(8, 1, 64, 64, "group", None),
+    "m9_nf4": CodeCase(9, 65, 64, 32, "nf4", torch.float16),
+    "m17_row_books": CodeCase(17, 70, 96, 96, "row", None),
+    "m50_group_books": CodeCase(50, 30, 512, 256, "group"),
+}
 CUDA_LAYOUT_CASES = {
-    "m1_one_chunk": (1, 64, 128, 128, True, torch.bfloat16),
-    "m1_split_k": (1, 70, 2176, 128, False, torch.float16),
-    "m3_k_tail_n_odd": (3, 5, 96, 32, False, torch.float32),
-    "m8_ring_wraps": (8, 65, 1344, 64, True, torch.float32),
-    "m9_group_of_96": (9, 72, 288, 96, False, torch.bfloat16),
-    "m16_one_group": (16, 8, 1024, 1024, True, torch.float16),
-    "m32_g64_zeros": (32, 130, 1280, 64, False, torch.float16),
-    "m33_first_of_the_tiles": (33, 65, 160, 32, False, torch.float32),
-    "m130_three_row_tiles": (130, 70, 768, 128, True, torch.bfloat16),
+    "m1_one_chunk": CodeCase(1, 64, 128, 128, "symmetric", torch.bfloat16),
+    "m1_split_k": CodeCase(1, 70, 2176, 128, "zeros", torch.float16),
+    "m3_k_tail_n_odd": CodeCase(3, 5, 96, 32, "zeros"),
+    "m8_split_k_uneven": CodeCase(8, 65, 1344, 64),
+    "m9_group_of_96": CodeCase(9, 72, 288, 96, "zeros", torch.bfloat16),
+    "m16_one_group": CodeCase(16, 8, 1024, 1024, "symmetric", torch.float16),
+    "m32_g64_zeros": CodeCase(32, 130, 1280, 64, "zeros", torch.float16),
+    "m33_first_of_the_tiles": CodeCase(33, 65, 160, 32, "zeros"),
+    "m65_half_a_wide_tile": CodeCase(65, 150, 160, 32, "zeros"),
+    "m130_two_row_tiles_split_k": CodeCase(130, 70, 1024, 128, "symmetric", torch.bfloat16),
+    "m1_nf4": CodeCase(1, 64, 128, 64, "nf4"),
+    "m2_nf4_split_k": CodeCase(2, 70, 2176, 64, "nf4", torch.bfloat16),
+    "m5_no_scales": CodeCase(5, 9, 96, 96, "tensor", None),
+    "m8_row_books": CodeCase(8, 70, 288, 96, "row", torch.float16),
+    "m16_group_books": CodeCase(16, 66, 160, 32, "group"),
+    "m20_group_books_no_scales": CodeCase(20, 65, 512, 256, "group", None),
+    "m33_row_books_no_scales": CodeCase(33, 70, 256, 128, "row", None),
+    "m66_nf4": CodeCase(66, 150, 192, 64, "nf4"),
+    "m70_group_books": CodeCase(70, 70, 128, 64, "group", torch.float16),
+    "m129_row_books": CodeCase(129, 130, 96, 32, "row", torch.bfloat16),
 }
 
 

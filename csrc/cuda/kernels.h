@@ -25,16 +25,33 @@ struct ChunkGrids {
 
 // How such a weight is multiplied; chosen by llmkern/ops/_w4a16_config.py and _sparse24_config.py.
 struct ChunkConfig {
-  int rows;          // of x per CTA: 8, 16, 32 or 64; 2:4 sparse weights also 128
+  int rows;          // of x per CTA: 8, 16, 32, 64 or 128
   int split;         // slices of K
   bool bulk;         // bulk copies, clusters and programmatic launch: sm_90 and newer
   float* workspace;  // [split, M, N]; null if split is 1 or bulk
+  int stages = 0;    // chunks in the ring of a CTA, up to 16; 0: as many as fit everywhere. Without
+                     // bulk as many as tiles of x: 4, or 3 for 128 rows
 };
 
 void w4a16_gemm(const W4A16GemmParams& p, const ChunkConfig& config, void* stream);
 void dequantize_int4(const DequantizeInt4Params& p, void* stream);
-// Above M = 8, 16-bit x and its row stride are in 16-byte pieces; only the canonical layout.
-void lut4_gemm(const Lut4GemmParams& p, void* stream);
+void lut4_gemm(const Lut4GemmParams& p, const ChunkConfig& config, void* stream);
+void dequantize_lut4(const DequantizeLut4Params& p, void* stream);
+
+// A weight in the canonical layout and in the CUDA one, of which one is read and one written.
+struct PackChunksParams {
+  uint32_t* qweight;      // [N, K/8]
+  void* scales;           // [N, K/group_size], elements of scale_bytes (2 or 4); null: none
+  uint32_t* zeros;        // [ceil(N/8), K/group_size] of packed zero points; null: none
+  float* books;           // [N, K/group_size, 16]; null: none
+  unsigned char* chunks;  // [ceil(N / 64), ceil(K / 128), bytes]
+  int64_t N, K, group_size;
+  int scale_bytes;
+  bool split_pairs;  // codes in the order of int4_cuda.py, else of lut4_cuda.py
+};
+
+void pack_chunks(const PackChunksParams& p, void* stream);
+void unpack_chunks(const PackChunksParams& p, void* stream);
 // Weights in the CUDA layout, x in 16 bits (dtype).
 void sparse24_gemm(const ChunkGemmParams& p, DType dtype, const ChunkConfig& config, void* stream);
 void sparse24_w4a16_gemm(const ChunkGemmParams& p, DType dtype, const ChunkGrids& grids,

@@ -1,212 +1,134 @@
-// lut4_gemm for many rows of 16-bit x: out^T = w x^T on mma.sync m16n8k16, weights as operand A.
+// The tensor core tiers of lut4_gemm, over weights in the CUDA layout
+// (llmkern/formats/lut4_cuda.py): mma.sync m16n8k16 in the ring of common/chunk_gemm.cuh, on the
+// book's entries rounded to the type of x.
 //
-// A CTA of four warps owns 64 columns of out and 8 NT of its rows; codes and x come through a ring
-// of asynchronous copies, 64 of K at a time. A byte of codes is the pair of one register of operand
-// A, so one book for all is a table of 256 pairs; a book per row or group is 16 entries per row.
+// A byte of codes is the pair of one register of operand A. One book for all is a table of 256 such
+// pairs, a copy of it per bank of shared memory, so that each lane has a bank for itself. Books of
+// rows (in shared memory) or groups (in the chunks) are looked up entry by entry, in float32.
 //
-// The order of K within 32 is free as long as both operands agree on it. Here lane l = 4 g + t of a
-// warp takes the eight k from 8 t on, four in each of two products: its codes are then one word of
-// a row of w, its part of x one 16-byte piece of a row of x, and nothing is shuffled.
+// Technique: the table of pairs is FLUTE's (arXiv 2407.10960).
 //
-// Rounding: the book's entries, once, to the type of x. A group's products are summed by the tensor
-// core, then scaled in float32; so a row of out depends on neither the other rows nor NT.
+// Not yet run on a GPU: tested in the emulator (csrc/emu) and compiled ahead of time only; tiles,
+// ring depths and tiers are not tuned.
 #pragma once
 
-#include <cstring>
-
-#include "cuda/common/dtype.cuh"
-#include "cuda/common/launch.h"
-#include "cuda/common/ptx.cuh"
-#include "cuda/kernels.h"
+#include "cuda/common/code_chunks.cuh"
+#include "cuda/common/lut4.cuh"
 
 namespace llmkern::cuda {
 
-constexpr int kLutThreads = 128;
-constexpr int kLutRows = 64;     // of w per CTA, 16 per warp
-constexpr int kLutColumns = 64;  // of K per stage
-constexpr int kLutStages = 3;
-constexpr int kCodeStride = 48;  // bytes: rows g of a warp fall on distinct banks
-constexpr int kLutXStride = 96;  // elements: two rows' 64 bytes fill the 32 banks once
-constexpr int kLutOutStride = kLutRows + 4;
-constexpr int kLutCodeBytes = kLutRows * kCodeStride;
-constexpr int kMaxBooks = kLutColumns / 32;  // per row of w and stage
+constexpr int kBanks = 32;
 
-template <bool ONE_BOOK>
-constexpr int kBookBytes = ONE_BOOK ? 256 * 4 : kMaxBooks * kLutRows * 16 * 2;
+// What the decoders of one book and of many share.
+struct Lut4DecoderBase {
+  static constexpr const char* kOp = "lut4_gemm";
 
-template <int NT>
-constexpr int kLutStageBytes = kLutCodeBytes + 8 * NT * kLutXStride * 2;
+  int bytes, group_size, books_at;
+  DType scales_dtype;
+  bool scaled;
+  const float* codebook;
 
-__device__ __forceinline__ float load_scale(const Lut4Weight& w, int64_t n, int64_t g) {
-  return w.scales ? load_as(w.scales, n * (w.K / w.group_size) + g, w.scales_dtype) : 1.0f;
-}
+  explicit Lut4DecoderBase(const Lut4Weight& w) {
+    const Lut4Chunks shape = lut4_chunks(w);
+    bytes = shape.bytes;
+    group_size = shape.group_size;
+    books_at = shape.books_at;
+    scales_dtype = w.scales_dtype;
+    scaled = w.scales != nullptr;
+    codebook = w.codebook;
+  }
+};
+
+struct OneBookDecoder : Lut4DecoderBase {
+  static constexpr int kMaxBytes = kCodeBytes + kChunkRows * kChunkColumns / 32 * 4;
+  static constexpr bool kTable = true;
+
+  const uint32_t* table = nullptr;  // of the calling lane: entries kBanks apart
+
+  using Lut4DecoderBase::Lut4DecoderBase;
+
+  int table_bytes(int) const { return 256 * kBanks * 4; }
+
+  template <typename T>
+  __device__ __forceinline__ void fill_table(void* smem, int64_t, int) {
+    auto* words = static_cast<uint32_t*>(smem);
+    for (int byte = threadIdx.x / kBanks; byte < 256; byte += blockDim.x / kBanks)
+      words[byte * kBanks + threadIdx.x % kBanks] =
+          round_pair<T>(codebook[byte & 15], codebook[byte >> 4]);
+    table = words + threadIdx.x % kBanks;
+  }
+
+  template <typename T>
+  struct Rows {};
+
+  template <typename T>
+  __device__ __forceinline__ void enter(Rows<T>&, const unsigned char*, int, int) const {}
+
+  template <typename T>
+  __device__ __forceinline__ void decode(uint32_t word, const Rows<T>&, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = table[(word >> (8 * i) & 255) * kBanks];
+  }
+};
+
+struct ManyBooksDecoder : Lut4DecoderBase {
+  static constexpr int kMaxBytes = OneBookDecoder::kMaxBytes + kChunkRows * 4 * 64;
+  static constexpr bool kTable = true;
+  static constexpr int kEntryStride = 17;  // floats from book to book of rows: other banks
+
+  int64_t N;
+  const float* table = nullptr;  // the CTA's rows' books
+
+  explicit ManyBooksDecoder(const Lut4Weight& w) : Lut4DecoderBase(w), N(w.N) {}
+
+  int table_bytes(int rows) const { return books_at ? 0 : rows * kEntryStride * 4; }
+
+  template <typename T>
+  __device__ __forceinline__ void fill_table(void* smem, int64_t first_n, int rows) {
+    if (books_at) return;
+    auto* books = static_cast<float*>(smem);
+    for (int i = threadIdx.x; i < rows * 16; i += blockDim.x) {
+      const int64_t n = first_n + i / 16;
+      books[i / 16 * kEntryStride + i % 16] = n < N ? codebook[n * 16 + i % 16] : 0.0f;
+    }
+    table = books;
+  }
+
+  template <typename T>
+  struct Rows {
+    const float* book[2];
+  };
+
+  template <typename T>
+  __device__ __forceinline__ void enter(Rows<T>& rows, const unsigned char* chunk, int group,
+                                        int strip) const {
+    const int g = threadIdx.x % 32 / 4;
+    const float* books = reinterpret_cast<const float*>(chunk + books_at);
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+      const int row = strip * 16 + g + side * 8;
+      rows.book[side] = books_at ? books + (group * kChunkRows + row % kChunkRows) * 16
+                                 : table + row * kEntryStride;
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void decode(uint32_t word, const Rows<T>& rows,
+                                         uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      a[i] = round_pair<T>(rows.book[i % 2][word >> (8 * i) & 15],
+                           rows.book[i % 2][word >> (8 * i + 4) & 15]);
+  }
+};
 
 template <typename T>
-__device__ __forceinline__ uint32_t to_bits(float v) {
-  T rounded;
-  store(&rounded, v);
-  uint16_t bits;
-  memcpy(&bits, &rounded, sizeof(bits));
-  return bits;
-}
-
-// Two weights, from a byte of codes.
-template <bool ONE_BOOK>
-__device__ __forceinline__ uint32_t look_up(const void* book, uint32_t byte) {
-  if constexpr (ONE_BOOK) return static_cast<const uint32_t*>(book)[byte];
-  const auto* entry = static_cast<const uint16_t*>(book);
-  return entry[byte & 15] | static_cast<uint32_t>(entry[byte >> 4]) << 16;
-}
-
-template <typename T, int NT, bool ONE_BOOK>
-__global__ void __launch_bounds__(kLutThreads)
-    lut4_tensor_core_kernel(const Lut4GemmParams p, const unsigned m_tiles) {
-  LLMKERN_DYNAMIC_SHARED(unsigned char, smem);
-  auto* smem_book = reinterpret_cast<uint32_t*>(smem + kLutStages * kLutStageBytes<NT>);
-  const Lut4Weight& w = p.w;
-  const int tid = threadIdx.x, g = tid % 32 / 4, t = tid % 4;
-  // Neighbouring CTAs share rows of w.
-  const int64_t first_m = static_cast<int64_t>(blockIdx.x % m_tiles) * 8 * NT;
-  const int64_t first_n = static_cast<int64_t>(blockIdx.x / m_tiles) * kLutRows;
-  const auto* codes = static_cast<const unsigned char*>(w.qweight);
-  const T* x = static_cast<const T*>(p.x);
-  const int64_t count = (w.K + kLutColumns - 1) / kLutColumns;
-
-  const auto copy_stage = [&](int64_t i) {
-    unsigned char* to = smem + i % kLutStages * kLutStageBytes<NT>;
-    {
-      const int row = tid / 2;
-      const int64_t n = first_n + row, k = i * kLutColumns + tid % 2 * 32;
-      const bool valid = n < w.N && k < w.K;
-      ptx::cp_async_16(to + row * kCodeStride + tid % 2 * 16,
-                       valid ? codes + n * (w.K / 2) + k / 2 : codes, valid);
-    }
-    T* x_to = reinterpret_cast<T*>(to + kLutCodeBytes);
-    for (int piece = tid; piece < 8 * NT * 8; piece += kLutThreads) {
-      const int row = piece / 8, column = piece % 8 * 8;
-      const int64_t m = first_m + row, k = i * kLutColumns + column;
-      const bool valid = m < p.M && k < w.K;
-      ptx::cp_async_16(x_to + row * kLutXStride + column, valid ? x + m * p.x_stride + k : x,
-                       valid);
-    }
-  };
-  // A book per row: 16 entries of each row, of up to kMaxBooks groups from that of k on.
-  const auto copy_books = [&](int64_t k) {
-    for (int pair = tid; pair < kMaxBooks * kLutRows * 8; pair += kLutThreads) {
-      const int64_t n = first_n + pair / 8 % kLutRows;
-      const int64_t group = k / w.group_size + pair / (8 * kLutRows);
-      if (n >= w.N || group * w.group_size >= w.K) continue;
-      const float* book = w.codebook + n * w.book_row_stride + group * w.book_group_stride;
-      smem_book[pair] = to_bits<T>(book[pair % 8 * 2]) | to_bits<T>(book[pair % 8 * 2 + 1]) << 16;
-    }
-  };
-
-  for (int i = 0; i < kLutStages - 1; i++) {
-    if (i < count) copy_stage(i);
-    ptx::cp_async_commit();
-  }
-  if constexpr (ONE_BOOK)
-    for (int byte = tid; byte < 256; byte += kLutThreads)
-      smem_book[byte] = to_bits<T>(w.codebook[byte & 15]) | to_bits<T>(w.codebook[byte >> 4]) << 16;
-
-  // The lane's two rows; past the end the last one is read and not stored.
-  const int row = tid / 32 * 16 + g;
-  const int64_t low_n = first_n + row < w.N ? first_n + row : w.N - 1;
-  const int64_t high_n = first_n + row + 8 < w.N ? first_n + row + 8 : w.N - 1;
-  float acc[NT][4] = {}, sum[NT][4] = {};
-  for (int64_t i = 0; i < count; i++) {
-    ptx::cp_async_wait<kLutStages - 2>();
-    __syncthreads();  // stage i is there for all, and all are done with stage i - 1
-    if (const int64_t next = i + kLutStages - 1; next < count) copy_stage(next);
-    ptx::cp_async_commit();
-    if constexpr (!ONE_BOOK) {
-      if (i == 0 || w.book_group_stride) {
-        copy_books(i * kLutColumns);
-        __syncthreads();
-      }
-    }
-    const unsigned char* stage = smem + i % kLutStages * kLutStageBytes<NT>;
-    const T* x_tile = reinterpret_cast<const T*>(stage + kLutCodeBytes);
-#pragma unroll
-    for (int block = 0; block < kLutColumns / 32; block++) {
-      const int64_t k = i * kLutColumns + block * 32, group = k / w.group_size;
-      if (k >= w.K) break;
-      const uint32_t* book[2] = {smem_book, smem_book};
-      if constexpr (!ONE_BOOK) {
-        const int64_t held = w.book_group_stride ? group - i * kLutColumns / w.group_size : 0;
-        book[0] += (held * kLutRows + row) * 8;
-        book[1] = book[0] + 8 * 8;
-      }
-      const unsigned char* at = stage + row * kCodeStride + block * 16 + t * 4;
-      const uint32_t word[2] = {*reinterpret_cast<const uint32_t*>(at),
-                                *reinterpret_cast<const uint32_t*>(at + 8 * kCodeStride)};
-      uint32_t a[2][4];
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-        a[j / 4][j % 4] = look_up<ONE_BOOK>(book[j % 2], word[j % 2] >> (8 * (j / 2)) & 255);
-#pragma unroll
-      for (int nt = 0; nt < NT; nt++) {
-        const Bytes16 piece = *reinterpret_cast<const Bytes16*>(
-            x_tile + (nt * 8 + g) * kLutXStride + block * 32 + t * 8);
-        const uint32_t first[2] = {piece.word[0], piece.word[1]};
-        const uint32_t second[2] = {piece.word[2], piece.word[3]};
-        ptx::mma_m16n8k16<T>(sum[nt], a[0], first);
-        ptx::mma_m16n8k16<T>(sum[nt], a[1], second);
-      }
-      if ((k + 32) % w.group_size != 0) continue;
-      const float low = load_scale(w, low_n, group), high = load_scale(w, high_n, group);
-#pragma unroll
-      for (int nt = 0; nt < NT; nt++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          acc[nt][j] += (j < 2 ? low : high) * sum[nt][j];
-          sum[nt][j] = 0.0f;
-        }
-      }
-    }
-  }
-
-  __syncthreads();  // the ring becomes the tile of out, [8 NT][kLutOutStride]
-  auto* tile_out = reinterpret_cast<float*>(smem);
-#pragma unroll
-  for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      tile_out[(nt * 8 + t * 2 + j % 2) * kLutOutStride + row + j / 2 * 8] = acc[nt][j];
-  __syncthreads();
-  for (int i = tid; i < 8 * NT * kLutRows; i += kLutThreads) {
-    const int64_t m = first_m + i / kLutRows, n = first_n + i % kLutRows;
-    if (m >= p.M || n >= w.N) continue;
-    float value = tile_out[i / kLutRows * kLutOutStride + i % kLutRows];
-    if (p.bias) value += to_float(static_cast<const T*>(p.bias)[n]);
-    store(static_cast<T*>(p.out) + m * w.N + n, value);
-  }
-}
-
-template <typename T, int NT, bool ONE_BOOK>
-void launch_lut4_tensor_core(const Lut4GemmParams& p, void* stream) {
-  const int64_t m_tiles = ceil_div(p.M, 8 * NT);
-  LaunchOptions options;
-  options.dynamic_shared_bytes = kLutStages * kLutStageBytes<NT> + kBookBytes<ONE_BOOK>;
-  static_assert(kLutStages * kLutStageBytes<NT> >= 8 * NT * kLutOutStride * 4);
-  launch_with(options, "lut4_gemm", lut4_tensor_core_kernel<T, NT, ONE_BOOK>,
-              m_tiles * ceil_div(p.w.N, kLutRows), kLutThreads, stream, p,
-              static_cast<unsigned>(m_tiles));
-}
-
-// x and its row stride in 16-byte pieces.
-template <typename T>
-void lut4_tensor_core(const Lut4GemmParams& p, void* stream) {
-  const auto run = [&](auto one_book) {
-    constexpr bool kOneBook = decltype(one_book)::value;
-    if (p.M <= 16) return launch_lut4_tensor_core<T, 2, kOneBook>(p, stream);
-    if (p.M <= 32) return launch_lut4_tensor_core<T, 4, kOneBook>(p, stream);
-    return launch_lut4_tensor_core<T, 8, kOneBook>(p, stream);
-  };
-  if (p.w.book_row_stride || p.w.book_group_stride)
-    run(std::false_type());
+void lut4_tensor_core(const Lut4GemmParams& p, const ChunkConfig& config, void* stream) {
+  const ChunkGemmParams common = {p.x, p.w.qweight, p.bias, p.out, p.M, p.w.N, p.w.K, p.x_stride};
+  if (p.w.book_row_stride)
+    chunk_gemm<T>(common, CodeChunks<ManyBooksDecoder>(p.w), config, stream);
   else
-    run(std::true_type());
+    chunk_gemm<T>(common, CodeChunks<OneBookDecoder>(p.w), config, stream);
 }
 
 }  // namespace llmkern::cuda

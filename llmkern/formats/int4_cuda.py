@@ -95,6 +95,30 @@ def fragment_pairs(words: Tensor) -> Tensor:
     return nibbles[..., :4] | nibbles[..., 4:] << 4
 
 
+def pairs_to_chunks(qweight: Tensor) -> Tensor:
+    """Canonical int32 [N, K/8] to the pairs (v0, v1), (v2, v3), .. of each lane's word, a byte each.
+
+    Returns:
+        uint8 [ceil(N/64), ceil(K/128), 1024, 4], padded with zeros.
+    """
+    octets = torch.nn.functional.pad(
+        qweight, (0, -qweight.shape[1] % (COLUMNS // 8), 0, -len(qweight) % ROWS)
+    )
+    tiles, chunks = octets.shape[0] // ROWS, octets.shape[1] * 8 // COLUMNS
+    # A byte is a pair of columns of one row: [tile, strip, row / 8, g, chunk, half, j, column / 8, t].
+    pairs = octets.contiguous().view(torch.uint8).view(tiles, 4, 2, 8, chunks, 2, 4, 2, 4)
+    # [tile, chunk, half, strip, g, t, j, column / 8, row / 8]
+    return pairs.permute(0, 4, 5, 1, 3, 8, 6, 7, 2).reshape(tiles, chunks, -1, 4)
+
+
+def pairs_from_chunks(pairs: Tensor, N: int, K: int) -> Tensor:
+    """Inverse of `pairs_to_chunks`."""
+    tiles, chunks = pairs.shape[:2]
+    rows = pairs.view(tiles, chunks, 2, 4, 8, 4, 4, 2, 2).permute(0, 3, 8, 4, 1, 2, 6, 7, 5)
+    rows = rows.reshape(tiles * ROWS, chunks * COLUMNS // 2)[:N, : K // 2]
+    return rows.contiguous().view(torch.int32)
+
+
 def to_cuda_layout(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int
 ) -> tuple[Tensor, Tensor, None]:
@@ -113,21 +137,11 @@ def to_cuda_layout(
     Raises:
         ValueError: group_size and the shapes do not fit together.
     """
+    check_canonical(qweight, scales, group_size)
     N, groups = scales.shape
     K = groups * group_size
-    if group_size <= 0 or group_size % 32 or tuple(qweight.shape) != (N, K // 8):
-        raise ValueError(
-            f"group_size, qweight: got {group_size} and {list(qweight.shape)}, expected a multiple of "
-            f"32 and [{N}, K/8] with K = {groups} groups of group_size"
-        )
-    octets = torch.nn.functional.pad(qweight, (0, -K % COLUMNS // 8, 0, -N % ROWS))
-    tiles, chunks = octets.shape[0] // ROWS, octets.shape[1] * 8 // COLUMNS
-    # A byte is a pair of columns of one row: [tile, strip, row / 8, g, chunk, half, j, column / 8, t].
-    pairs = octets.contiguous().view(torch.uint8).view(tiles, 4, 2, 8, chunks, 2, 4, 2, 4)
-    pairs = pairs.permute(
-        0, 4, 5, 1, 3, 8, 6, 7, 2
-    )  # [.., half, strip, g, t, j, column / 8, row / 8]
-    pairs = pairs.reshape(tiles, chunks, -1, 4)  # the pairs (v0, v1), (v2, v3), .. of a word
+    pairs = pairs_to_chunks(qweight)
+    tiles, chunks = pairs.shape[:2]
     parts = [fragment_words(pairs).reshape(tiles, chunks, CODE_BYTES)]
     grid = grid_to_chunks(scales, K, group_size).contiguous()
     parts.append(grid.view(torch.uint8).reshape(tiles, chunks, -1))
@@ -154,6 +168,44 @@ def from_cuda_layout(
     Raises:
         ValueError: group_size and the shapes do not fit together.
     """
+    check_chunks(qweight, scales, group_size)
+    groups, N = scales.shape
+    K, width = groups * group_size, scales.element_size()
+    tiles, chunks = qweight.shape[:2]
+    codes = qweight[..., :CODE_BYTES].reshape(tiles, chunks, -1, 4)
+    count = COLUMNS // inline_group_size(group_size)
+    shape = (tiles, chunks, count, 4, 8, 2)
+    end = CODE_BYTES + ROWS * count * width
+    grid = qweight[..., CODE_BYTES:end].contiguous().view(scales.dtype).view(shape)
+    back = None
+    if end < qweight.shape[-1]:
+        inline_zeros = qweight[..., end:].reshape(shape)
+        back = pack_zeros(grid_from_chunks(inline_zeros, N, K, group_size), 4)
+    canonical = pairs_from_chunks(fragment_pairs(codes), N, K)
+    return canonical, grid_from_chunks(grid, N, K, group_size), back
+
+
+def check_canonical(qweight: Tensor, scales: Tensor, group_size: int) -> None:
+    """Refuse a canonical weight whose parts do not fit together.
+
+    Raises:
+        ValueError: says what was given.
+    """
+    N, groups = scales.shape
+    K = groups * group_size
+    if group_size <= 0 or group_size % 32 or tuple(qweight.shape) != (N, K // 8):
+        raise ValueError(
+            f"group_size, qweight: got {group_size} and {list(qweight.shape)}, expected a multiple of "
+            f"32 and [{N}, K/8] with K = {groups} groups of group_size"
+        )
+
+
+def check_chunks(qweight: Tensor, scales: Tensor, group_size: int) -> None:
+    """Refuse chunks that are not of the shape that the rest of the weight asks for.
+
+    Raises:
+        ValueError: says what was given.
+    """
     groups, N = scales.shape
     K, width = groups * group_size, scales.element_size()
     fits = group_size > 0 and group_size % 32 == 0
@@ -163,21 +215,3 @@ def from_cuda_layout(
             f"group_size, qweight: got {group_size} and {list(qweight.shape)}, expected a multiple of "
             f"32 and {' or '.join(str(list(shape)) for shape in shapes) or 'chunks of it'}"
         )
-    tiles, chunks = qweight.shape[:2]
-    codes = qweight[..., :CODE_BYTES].reshape(tiles, chunks, -1, 4)
-    pairs = (
-        fragment_pairs(codes)
-        .view(tiles, chunks, 2, 4, 8, 4, 4, 2, 2)
-        .permute(0, 3, 8, 4, 1, 2, 6, 7, 5)
-    )
-    rows = pairs.reshape(tiles * ROWS, chunks * COLUMNS // 2)[:N, : K // 2]
-    count = COLUMNS // inline_group_size(group_size)
-    shape = (tiles, chunks, count, 4, 8, 2)
-    end = CODE_BYTES + ROWS * count * width
-    grid = qweight[..., CODE_BYTES:end].contiguous().view(scales.dtype).view(shape)
-    back = None
-    if end < qweight.shape[-1]:
-        inline_zeros = qweight[..., end:].reshape(shape)
-        back = pack_zeros(grid_from_chunks(inline_zeros, N, K, group_size), 4)
-    canonical = rows.contiguous().view(torch.int32)
-    return canonical, grid_from_chunks(grid, N, K, group_size), back

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llmkern import _backends
 from llmkern.nn._packed_weight import PackedWeight
 
 # Two threads may meet a module's first forward pass together; only one may repack it.
@@ -23,7 +24,7 @@ class PackedLinear(nn.Linear):
     """
 
     _FILE_BUFFERS: ClassVar[tuple[str, ...]]
-    # Those of `_FILE_BUFFERS` whose place the kernel's tensors take.
+    # Those of `_FILE_BUFFERS` whose place the kernel's tensors take, by default.
     _REPACKED_BUFFERS: ClassVar[tuple[str, ...]]
     _KERNEL_BUFFERS: ClassVar[tuple[str, ...]]
 
@@ -80,6 +81,20 @@ class PackedLinear(nn.Linear):
         linear.bias = self.bias
         return linear.train(self.training)
 
+    def _repacked_buffers(self, layout: str) -> tuple[str, ...]:
+        """Those of `_FILE_BUFFERS` whose place the kernel's tensors take."""
+        return self._REPACKED_BUFFERS
+
+    def _device_layout(self, packed: Tensor) -> str | None:
+        """The layout of the kernels that serve the device of `packed`, or None."""
+        forced = _backends.forced_backend()
+        if forced in (None, "cpu") and _backends.refuse_cpu(packed.device.type) is None:
+            return "cpu"
+        # The tensor core kernels take 16-bit x; a layer that computes in float32 is better off with
+        # the plain kernels, which read the canonical layout.
+        tensor_cores = forced in (None, "cuda") and self._dtype != torch.float32
+        return "cuda" if tensor_cores and _backends.refuse_cuda(packed.device) is None else None
+
     @staticmethod
     def _may_repack(packed: Tensor) -> bool:
         """Whether `packed` holds data: neither meta tensors nor a tracer's are repacked for good."""
@@ -97,7 +112,7 @@ class PackedLinear(nn.Linear):
                         if tensor is not None:
                             self.register_buffer(name, tensor, persistent=False)
                     self._layout = wanted
-                    self._buffers.update(dict.fromkeys(self._REPACKED_BUFFERS))
+                    self._buffers.update(dict.fromkeys(self._repacked_buffers(wanted)))
         return self._layout or "canonical"
 
     # Under torch.compile the repacking runs while tracing, and the graph sees its result. This is what

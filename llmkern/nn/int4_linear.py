@@ -8,10 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmkern import _backends
 from llmkern.formats.int4 import QuantFormat, pack_codes, pack_zeros
 from llmkern.formats.int4_cpu import from_cpu_layout, to_cpu_layout
-from llmkern.formats.int4_cuda import from_cuda_layout, to_cuda_layout
 from llmkern.formats.int4_widen import (
     is_wide,
     narrow,
@@ -21,6 +19,7 @@ from llmkern.formats.int4_widen import (
 )
 from llmkern.nn._packed_linear import PackedLinear, dense_weight
 from llmkern.ops import dequantize_int4, round_to_nearest, w4a16_gemm
+from llmkern.ops._cuda_layout import pack_int4, unpack_int4
 
 BITS = (2, 3, 4)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -304,20 +303,14 @@ class Int4Linear(PackedLinear):
         packed = self.weight_packed
         if not self._may_repack(packed):
             return None
-        forced = _backends.forced_backend()
-        if forced in (None, "cpu") and _backends.refuse_cpu(packed.device.type) is None:
-            return "cpu"
-        # The tensor core kernels take 16-bit x; a layer that computes in float32 is better off with
-        # the plain kernels, which read the canonical layout.
-        tensor_cores = forced in (None, "cuda") and self._dtype != torch.float32
-        if tensor_cores and _backends.refuse_cuda(packed.device) is None:
-            return "cuda"
+        if layout := self._device_layout(packed):
+            return layout
         return None if is_wide(self.bits, self.group_size) else "canonical"
 
     def _to_layout(self, layout: str) -> Mapping[str, Tensor | None]:
         operands = self._operands()
         if layout != "canonical":
-            convert = to_cpu_layout if layout == "cpu" else to_cuda_layout
+            convert = to_cpu_layout if layout == "cpu" else pack_int4
             operands = convert(*operands, padded_group_size(self.group_size))
         return dict(zip(self._KERNEL_BUFFERS, operands, strict=True))
 
@@ -328,7 +321,7 @@ class Int4Linear(PackedLinear):
             qweight, scales, zeros = self._operands()
             if self._layout != "canonical":
                 padded = padded_group_size(self.group_size)
-                convert = from_cpu_layout if self._layout == "cpu" else from_cuda_layout
+                convert = from_cpu_layout if self._layout == "cpu" else unpack_int4
                 qweight, scales, zeros = convert(qweight, scales, zeros, padded)
             if not is_wide(self.bits, self.group_size):
                 qweight, zeros = narrow(qweight, zeros, self.bits, self.group_size, self._shape)

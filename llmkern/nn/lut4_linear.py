@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern import _backends
 from llmkern.formats.bitsandbytes import Lut4Weight, from_bitsandbytes, to_bitsandbytes
 from llmkern.formats.int4 import pack_codes
 from llmkern.formats.lut4 import (
@@ -21,6 +20,7 @@ from llmkern.formats.lut4 import (
 )
 from llmkern.formats.lut4_cpu import from_cpu_layout, to_cpu_layout
 from llmkern.nn._packed_linear import PackedLinear, dense_weight
+from llmkern.ops._cuda_layout import pack_lut4, unpack_lut4
 from llmkern.ops.dequantize_lut4 import dequantize_lut4
 from llmkern.ops.lut4_gemm import lut4_gemm
 
@@ -36,14 +36,15 @@ class Lut4Linear(PackedLinear):
     loaded and saved plain. With any other book it is `weight_packed`, `weight_codebook` and
     `weight_scale` (if there are scales), in the layout of `llmkern.formats.lut4`. Either is loaded.
 
-    As in `Int4Linear`, the first forward pass repacks the codes for the CPU kernels, `.to(dtype)` and
-    the like leave codes, book and scales alone, and any float x is accepted.
+    As in `Int4Linear`, the first forward pass repacks the weight for the CPU or CUDA kernels,
+    `.to(dtype)` and the like leave codes, book and scales alone, and any float x is accepted.
 
     Attributes:
         in_features, out_features: K and N.
         group_size: K-elements per scale.
         block_size: elements of the flattened weight per scale in files; group_size unless blocks cross
             the ends of rows.
+        scaled: whether there are scales.
 
     Args:
         weight: in the canonical layout; the tensors are kept as they are.
@@ -56,12 +57,14 @@ class Lut4Linear(PackedLinear):
 
     _FILE_BUFFERS = ("weight_packed", "weight_codebook", "weight_scale")
     _REPACKED_BUFFERS = ("weight_packed",)
-    _KERNEL_BUFFERS = ("_qweight",)
+    _KERNEL_BUFFERS = ("_qweight", "_codebook", "_scales")
 
     weight_packed: Tensor
     weight_codebook: Tensor
     weight_scale: Tensor | None
     _qweight: Tensor
+    _codebook: Tensor
+    _scales: Tensor
 
     def __init__(
         self, weight: Lut4Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None
@@ -70,6 +73,7 @@ class Lut4Linear(PackedLinear):
         self.out_features, self.in_features = len(weight.qweight), 8 * weight.qweight.shape[1]
         self.group_size = weight.group_size
         self.block_size = weight.block_size or weight.group_size
+        self.scaled = weight.scales is not None
         self._dtype = dtype or weight.dtype
         self._layout: str | None = None
         if self.group_size <= 0 or self.group_size % 32 or self.in_features % self.group_size:
@@ -172,16 +176,14 @@ class Lut4Linear(PackedLinear):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense weight [N, K] in `dtype`, by default the layer's."""
         return dequantize_lut4(
-            self.weight_packed if self._layout is None else self._qweight,
-            self.weight_codebook,
-            self.weight_scale,
+            *self._operands(),
             group_size=self.group_size,
             dtype=dtype or self._dtype,
             layout=self._layout or "canonical",
         )
 
     def extra_repr(self) -> str:
-        book = codebook_name(self.weight_codebook) or list(self.weight_codebook.shape)
+        book = codebook_name(self.codebook) or list(self.codebook.shape)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, codebook={book}, group_size={self.group_size}, "
@@ -211,49 +213,59 @@ class Lut4Linear(PackedLinear):
         )
 
     def _multiply(self, x: Tensor, bias: Tensor | None, layout: str) -> Tensor:
-        return lut4_gemm(
-            x,
-            self.weight_packed if self._layout is None else self._qweight,
-            self.weight_codebook,
-            self.weight_scale,
-            bias,
-            group_size=self.group_size,
-            layout=layout,
-        )
+        return lut4_gemm(x, *self._operands(), bias, group_size=self.group_size, layout=layout)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The book or books, float32 [16], [N, 16] or [N, K/group_size, 16]; those of groups in the
+        kernels' place on a CUDA device, so that only their shape can be told there.
+        """
+        return self._codebook if self._layout == "cuda" else self.weight_codebook
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the kernels read: (qweight, codebook, scales) in `self._layout`."""
+        if self._layout == "cuda":
+            return self._qweight, self._codebook, self._scales
+        packed = self.weight_packed if self._layout is None else self._qweight
+        return packed, self.weight_codebook, self.weight_scale
 
     def _wanted_layout(self) -> str | None:
         packed = self.weight_packed
-        serves = _backends.forced_backend() in (None, "cpu") and self._may_repack(packed)
-        return "cpu" if serves and _backends.refuse_cpu(packed.device.type) is None else None
+        return self._device_layout(packed) if self._may_repack(packed) else None
+
+    def _repacked_buffers(self, layout: str) -> tuple[str, ...]:
+        return self._FILE_BUFFERS if layout == "cuda" else self._REPACKED_BUFFERS
 
     def _to_layout(self, layout: str) -> Mapping[str, Tensor | None]:
-        return {"_qweight": to_cpu_layout(self.weight_packed)}
+        if layout == "cpu":
+            return {"_qweight": to_cpu_layout(self.weight_packed)}
+        packed = pack_lut4(*self._operands(), self.group_size)
+        return dict(zip(self._KERNEL_BUFFERS, packed, strict=True))
 
     def _file_tensors(self) -> dict[str, Tensor | None]:
-        tensors = {name: self._buffers[name] for name in self._FILE_BUFFERS}
-        if self._layout is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                tensors["weight_packed"] = from_cpu_layout(self._qweight)
-        return tensors
+        if self._layout is None:
+            return {name: self._buffers[name] for name in self._FILE_BUFFERS}
+        with torch.inference_mode(False), torch.no_grad():
+            if self._layout == "cuda":
+                parts: tuple[Tensor | None, ...]
+                parts = unpack_lut4(self._qweight, self._codebook, self._scales, self.group_size)
+            else:
+                packed = from_cpu_layout(self._qweight)
+                parts = (packed, self.weight_codebook, self.weight_scale)
+        return dict(zip(self._FILE_BUFFERS, parts, strict=True))
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        if self.weight_scale is None or codebook_name(self.weight_codebook) is None:
+        if not self.scaled or codebook_name(self.codebook) is None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        packed = self._file_tensors()["weight_packed"]
+        packed, codebook, scales = self._file_tensors().values()
         assert packed is not None
-        weight = Lut4Weight(
-            packed,
-            self.weight_codebook,
-            self.weight_scale,
-            self.group_size,
-            self.block_size,
-            self._dtype,
-        )
+        assert codebook is not None
+        weight = Lut4Weight(packed, codebook, scales, self.group_size, self.block_size, self._dtype)
         for name, tensor in to_bitsandbytes(weight).items():
             destination[prefix + name] = tensor
 

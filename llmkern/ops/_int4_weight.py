@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern.formats.int4_cpu import from_cpu_layout
-from llmkern.formats.int4_cuda import chunk_bytes, cuda_shape, from_cuda_layout, is_symmetric
+from llmkern.formats.int4_cuda import chunk_bytes, cuda_shape, is_symmetric
+from llmkern.ops._cuda_layout import unpack_int4
 from llmkern.ops._library import FLOATS, describe, expect, pointer
 
 LAYOUTS = ("canonical", "cpu", "cuda")
@@ -114,5 +115,5 @@ def canonical_weight(
     """(qweight, scales, zeros) in the canonical layout, for backends that read no other."""
     if layout == "canonical":
         return qweight, scales, zeros
-    convert = from_cpu_layout if layout == "cpu" else from_cuda_layout
+    convert = from_cpu_layout if layout == "cpu" else unpack_int4
     return convert(qweight, scales, zeros, group_size)

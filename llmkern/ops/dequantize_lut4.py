@@ -1,7 +1,7 @@
 """dequantize_lut4: dense weight from codes into a book, w = scales * codebook[codes].
 
-On a GPU this is torch's gather: it is no part of a forward pass, only of the backward pass and of
-exports.
+Part of a forward pass for many rows of x over the cuda layout only; otherwise of the backward pass and
+of exports.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
+from llmkern.ops._int4_weight import refuse_cuda_weight
 from llmkern.ops._library import DTYPE_CODES, FLOATS, LAYOUT_CODES, pointer, register
-from llmkern.ops._lut4_weight import canonical_qweight, check_weight, weight_shape
+from llmkern.ops._lut4_weight import canonical_weight, check_weight, cuda_scales, weight_shape
 from llmkern.reference.lut4_gemm import dequantize_lut4 as _reference
 
 SCHEMA = (
@@ -58,11 +59,47 @@ def _launch_reference(
     layout: str,
     out: Tensor,
 ) -> None:
-    qweight = canonical_qweight(qweight, layout)
-    out.copy_(_reference(qweight, codebook, scales, group_size, out.dtype))
+    weight = canonical_weight(qweight, codebook, scales, group_size, layout)
+    out.copy_(_reference(*weight, group_size, out.dtype))
+
+
+def _refuse_cuda(
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> str | None:
+    return refuse_cuda_weight(qweight, layout)
+
+
+def _launch_cuda(
+    qweight: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    kernels: Any = _backends.compiled_module("_cuda")[0]
+    kernels.dequantize_lut4(
+        qweight.data_ptr(),
+        codebook.data_ptr(),
+        cuda_scales(qweight, codebook, scales, group_size, layout),
+        out.data_ptr(),
+        *out.shape,
+        group_size,
+        codebook.dim() - 1,
+        DTYPE_CODES[out.dtype],
+        0 if scales is None else DTYPE_CODES[scales.dtype],
+        LAYOUT_CODES[layout],
+        *_backends.cuda_queue(qweight.device),
+    )
 
 
 BACKENDS = (
+    Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
@@ -92,7 +129,8 @@ def _fake(
     dtype: torch.dtype,
 ) -> Tensor:
     _check(qweight, codebook, scales, group_size, layout, dtype)
-    return qweight.new_empty(weight_shape(qweight, layout), dtype=dtype)
+    shape = weight_shape(qweight, scales, group_size, layout)
+    return qweight.new_empty(shape, dtype=dtype)
 
 
 def _run(
@@ -104,6 +142,8 @@ def _run(
     dtype: torch.dtype,
 ) -> Tensor:
     out = _fake(qweight, codebook, scales, group_size, layout, dtype)
+    if out.numel() == 0:
+        return out
     args = (qweight, codebook, scales, group_size, layout)
     _backends.choose("dequantize_lut4", BACKENDS, *args, out).launch(*args, out)
     return out
@@ -130,7 +170,7 @@ def dequantize_lut4(
         scales: float32, bfloat16 or float16 [N, K/group_size], or None for the constant 1.
         group_size: K-elements per scale, a multiple of 32 that divides K.
         dtype: of the result.
-        layout: "canonical" or "cpu".
+        layout: "canonical", "cpu" or "cuda".
 
     Returns:
         [N, K] in `dtype`; the product is formed in float32 and rounded once.

@@ -6,24 +6,32 @@ As with integer codes, a small M is bound by reading the weights.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._int4_weight import refuse_cuda_weight, refuse_triton_weight
-from llmkern.ops._library import (
-    DTYPE_CODES,
-    FLOATS,
-    LAYOUT_CODES,
-    LIBRARY,
-    expect,
-    pointer,
-    register,
+from llmkern.ops._code_gemm import (
+    check_product,
+    dtype_code,
+    launch_compiled,
+    launch_cuda,
+    multiply_rows,
+    refuse_cpu,
+    register_product,
 )
-from llmkern.ops._lut4_weight import canonical_qweight, check_weight, weight_shape
+from llmkern.ops._int4_weight import refuse_cuda_weight, refuse_triton_weight
+from llmkern.ops._library import LAYOUT_CODES, pointer
+from llmkern.ops._lut4_weight import (
+    canonical_weight,
+    check_weight,
+    cuda_chunks,
+    cuda_scales,
+    weight_shape,
+)
+from llmkern.ops._w4a16_config import CHUNK_ROWS
 from llmkern.ops.dequantize_lut4 import dequantize_lut4
 from llmkern.reference.lut4_gemm import lut4_gemm as _reference
 
@@ -32,214 +40,88 @@ SCHEMA = (
     "int group_size, str layout) -> Tensor"
 )
 
-CUDA_GEMV_ROWS = 8  # up to here the CUDA kernel reads x at any address
+
+class Call(NamedTuple):
+    """The op's arguments, as in `SCHEMA`."""
+
+    x: Tensor
+    qweight: Tensor
+    codebook: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    group_size: int
+    layout: str
 
 
-def _refuse_cpu(x: Tensor, *_: Any) -> str | None:
-    return _backends.refuse_cpu(x.device.type)
+def _kinds(call: Call) -> tuple[int, int, int, int]:
+    layout = LAYOUT_CODES[call.layout]
+    return call.codebook.dim() - 1, dtype_code(call.x), dtype_code(call.scales), layout
 
 
-def _launch_cpu(
-    x: Tensor,
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    kernels: Any = _backends.compiled_module("_cpu")[0]
-    kernels.lut4_gemm(
-        x.data_ptr(),
-        qweight.data_ptr(),
-        codebook.data_ptr(),
-        pointer(scales),
-        pointer(bias),
-        out.data_ptr(),
-        *out.shape,
-        x.shape[1],
-        x.stride(0),
-        group_size,
-        codebook.dim() - 1,
-        DTYPE_CODES[x.dtype],
-        0 if scales is None else DTYPE_CODES[scales.dtype],
-        LAYOUT_CODES[layout],
-    )
+def _launch_cpu(call: Call, out: Tensor) -> None:
+    weight = (pointer(call.qweight), pointer(call.codebook), pointer(call.scales))
+    launch_compiled("_cpu", "lut4_gemm", weight, call, out, _kinds(call))
 
 
-def _launch_reference(
-    x: Tensor,
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    qweight = canonical_qweight(qweight, layout)
-    out.copy_(_reference(x, qweight, codebook, scales, bias, group_size))
+def _launch_reference(call: Call, out: Tensor) -> None:
+    weight = canonical_weight(*call[1:4], call.group_size, call.layout)
+    out.copy_(_reference(call.x, *weight, call.bias, call.group_size))
 
 
-def _refuse_cuda(
-    x: Tensor,
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> str | None:
-    return refuse_cuda_weight(qweight, layout)
+def _refuse_cuda(call: Call, out: Tensor) -> str | None:
+    return refuse_cuda_weight(call.qweight, call.layout)
 
 
-def _launch_cuda(
-    x: Tensor,
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    many = x.shape[0] > CUDA_GEMV_ROWS and x.dtype != torch.float32
-    if many and (x.data_ptr() % 16 or x.stride(0) % 8):
-        x = x.clone(memory_format=torch.contiguous_format)  # is copied in 16-byte pieces
-    kernels: Any = _backends.compiled_module("_cuda")[0]
-    kernels.lut4_gemm(
-        x.data_ptr(),
-        qweight.data_ptr(),
-        codebook.data_ptr(),
-        pointer(scales),
-        pointer(bias),
-        out.data_ptr(),
-        *out.shape,
-        x.shape[1],
-        x.stride(0),
-        group_size,
-        codebook.dim() - 1,
-        DTYPE_CODES[x.dtype],
-        0 if scales is None else DTYPE_CODES[scales.dtype],
-        LAYOUT_CODES[layout],
-        *_backends.cuda_queue(x.device),
-    )
+def _launch_cuda(call: Call, out: Tensor) -> None:
+    qweight, codebook, scales = call[1:4]
+
+    def dequantize_rows(first: int, last: int) -> Tensor:
+        assert scales is not None
+        return dequantize_lut4(
+            qweight[first // CHUNK_ROWS : -(-last // CHUNK_ROWS)],
+            codebook if codebook.dim() == 1 else codebook[first:last],
+            scales[:, first:last],
+            group_size=call.group_size,
+            dtype=call.x.dtype,
+            layout="cuda",
+        )
+
+    present = cuda_scales(qweight, codebook, scales, call.group_size, call.layout)
+    weight = (pointer(qweight), pointer(codebook), present)
+    chunks = cuda_chunks(qweight, codebook) if call.layout == "cuda" else None
+    launch_cuda("lut4_gemm", weight, call, out, _kinds(call), chunks, dequantize_rows)
 
 
-def _refuse_triton(
-    x: Tensor,
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> str | None:
-    return refuse_triton_weight(qweight, layout)
+def _refuse_triton(call: Call, out: Tensor) -> str | None:
+    return refuse_triton_weight(call.qweight, call.layout)
 
 
-def _launch_triton(*args: Any) -> None:
+def _launch_triton(call: Call, out: Tensor) -> None:
     from llmkern.triton_kernels.lut4_gemm import launch
 
-    launch(*args)
+    launch(*call, out)
 
 
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
-    Backend("cpu", _refuse_cpu, _launch_cpu),
+    Backend("cpu", refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 
 
-def _check(
-    x: Tensor,
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-) -> None:
-    op = "lut4_gemm"
-    check_weight(op, qweight, codebook, scales, group_size, layout)
-    N, K = weight_shape(qweight, layout)
-    if x.dim() != 2 or x.shape[1] != K or x.dtype not in FLOATS:
-        expect(False, op, "x", x, f"float32, bfloat16 or float16 [M, {K}]")
-    if x.device != qweight.device:
-        expect(False, op, "x", x, f"the device of qweight, {qweight.device}")
-    if bias is None:
-        return
-    if bias.shape != (N,) or bias.dtype != x.dtype or bias.device != x.device:
-        wanted = f"{str(x.dtype).removeprefix('torch.')} [{N}] on {x.device}"
-        expect(False, op, "bias", bias, wanted)
+def _checked_shape(call: Call) -> tuple[int, int]:
+    check_weight("lut4_gemm", *call[1:4], call.group_size, call.layout)
+    shape = weight_shape(call.qweight, call.scales, call.group_size, call.layout)
+    check_product("lut4_gemm", call.x, call.bias, shape, call.qweight.device)
+    return shape
 
 
-def _fake(
-    x: Tensor,
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    _check(x, qweight, codebook, scales, bias, group_size, layout)
-    return x.new_empty(x.shape[0], weight_shape(qweight, layout)[0])
+def _dense(call: Call, dtype: torch.dtype) -> Tensor:
+    return dequantize_lut4(*call[1:4], group_size=call.group_size, dtype=dtype, layout=call.layout)
 
 
-def _run(
-    x: Tensor,
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    out = _fake(x, qweight, codebook, scales, bias, group_size, layout)
-    if out.numel() == 0:
-        return out
-    # Kernels read rows of x at any distance, but each row and the bias contiguously.
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        x = x.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    args = (x, qweight, codebook, scales, bias, group_size, layout)
-    _backends.choose("lut4_gemm", BACKENDS, *args, out).launch(*args, out)
-    return out
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, qweight, codebook, scales, _, ctx.group_size, ctx.layout = inputs
-    ctx.save_for_backward(qweight, codebook, scales)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    qweight, codebook, scales = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        w = dequantize_lut4(
-            qweight,
-            codebook,
-            scales,
-            group_size=ctx.group_size,
-            dtype=grad.dtype,
-            layout=ctx.layout,
-        )
-        grad_x = grad @ w
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.sum(0)
-    return grad_x, None, None, None, grad_bias, None, None
-
-
-_op = register(SCHEMA, _run, _fake)
-torch.library.register_autograd(
-    "llmkern::lut4_gemm", _backward, setup_context=_setup_context, lib=LIBRARY
-)
+_op = register_product(SCHEMA, Call, BACKENDS, _checked_shape, _dense)
 
 
 def lut4_gemm(
@@ -257,8 +139,11 @@ def lut4_gemm(
     Differentiable in x and bias (the backward pass dequantizes the weight), so adapters can be
     trained on top of it (QLoRA).
 
-    On the CUDA kernels more than 8 rows of 16-bit x are multiplied with the book's entries rounded to
-    x's dtype, which must be able to hold them; up to 8 rows, and for float32 x, nothing is rounded.
+    On CUDA devices the cuda layout with 16-bit x runs on tensor cores, with the book's entries rounded
+    to x's dtype, which must be able to hold them: up to M = 1023 scales are applied to sums in float32,
+    and a row of y depends on nothing but its row of x, the weight and whether M is above 32; from
+    M = 1024 on, and for float32 x, the weight is dequantized to x's dtype for cuBLAS. In the canonical
+    layout nothing is rounded.
 
     The CPU kernels round nothing either, except for bfloat16 x on AMX from eight rows on and on AMD's
     CPUs with bfloat16 dot products (zen4): there w is rounded to bfloat16 once, as dequantizing does.
@@ -269,10 +154,11 @@ def lut4_gemm(
             repacked one as named by `layout`.
         codebook: float32 [16] (one book), [N, 16] (one per row) or [N, K/group_size, 16] (one per
             group).
-        scales: float32, bfloat16 or float16 [N, K/group_size], or None for the constant 1.
+        scales: float32, bfloat16 or float16 [N, K/group_size], or None for the constant 1; in the cuda
+            layout what `llmkern.formats.lut4_cuda` makes of it.
         bias: [N] in x's dtype, or None.
         group_size: K-elements per scale, a multiple of 32 that divides K.
-        layout: "canonical" or "cpu".
+        layout: "canonical", "cpu" or "cuda".
 
     Returns:
         y [..., N] in x's dtype, accumulated in float32.
@@ -281,8 +167,4 @@ def lut4_gemm(
         ValueError: an argument's dtype, shape, device or layout is not as above.
         NotImplementedError: a backend was forced that cannot serve the call.
     """
-    if x.dim() == 2:
-        y: Tensor = _op(x, qweight, codebook, scales, bias, group_size, layout)
-        return y
-    y = _op(x.reshape(-1, x.shape[-1]), qweight, codebook, scales, bias, group_size, layout)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return multiply_rows(_op, x, qweight, codebook, scales, bias, group_size, layout)

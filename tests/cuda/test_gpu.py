@@ -10,18 +10,18 @@ import torch.nn.functional as F
 
 from llmkern import ops, use_backend
 from llmkern.formats.int4 import QuantFormat
-from llmkern.formats.int4_cuda import from_cuda_layout, to_cuda_layout
 from llmkern.formats.lut4 import LutFormat
+from llmkern.nn import Int4Linear, Lut4Linear
 from llmkern.reference import hessian_update as hessian_spec
-from llmkern.reference import lut4_gemm as lut_spec
 from llmkern.reference import w4a16_gemm as gemm_spec
 from llmkern.testing import (
+    CANONICAL_CASES,
     CUDA_LAYOUT_CASES,
     SPARSE24_CASES,
+    CodeCase,
     Sparse24Case,
     assert_matches,
     random_int4_weight,
-    random_lut4_weight,
 )
 
 pytestmark = pytest.mark.gpu
@@ -41,41 +41,43 @@ def weight(N, K, group_size, device=DEVICE, **options):
     return tuple(None if t is None else t.to(device) for t in parts)
 
 
-# M, N, K, group size, symmetric, scale dtype
-GEMM_CASES = {
-    "m1": (1, 4096, 4096, 128, True, torch.bfloat16),
-    "m1_n_odd": (1, 257, 96, 32, False, torch.float32),
-    "m2_zeros": (2, 130, 1056, 96, False, torch.float16),
-    "m5": (5, 96, 512, 64, True, torch.float16),
-    "m8": (8, 1, 256, 256, False, torch.float32),
-    "m9": (9, 65, 512, 128, False, torch.bfloat16),
-    "m33": (33, 1024, 1024, 128, True, torch.float32),
-    "m200_tails_everywhere": (200, 333, 352, 32, False, torch.bfloat16),
+LARGE_CASES = {
+    "large_m1_4096": CodeCase(1, 4096, 4096, 128, "symmetric", torch.bfloat16),
+    "m1_n_odd": CodeCase(1, 257, 96, 32, "zeros"),
+    "large_m33": CodeCase(33, 1024, 1024, 128),
+    "large_m200_tails_everywhere": CodeCase(200, 333, 352, 32, "zeros", torch.bfloat16),
+    "large_m1_4096_nf4": CodeCase(1, 4096, 4096, 64, "nf4"),
+    "large_m32_row_books": CodeCase(32, 1024, 1024, 128, "row", None),
+    "large_m200_group_books": CodeCase(200, 333, 352, 32, "group"),
 }
 
 
 @dtypes
-@pytest.mark.parametrize("case", GEMM_CASES.values(), ids=GEMM_CASES)
-def test_w4a16_gemm(case, dtype, backend):
-    M, N, K, group_size, symmetric, scale_dtype = case
-    parts = weight(N, K, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-    x = torch.randn(M, K, device=DEVICE).to(dtype)
-    bias = torch.randn(N, device=DEVICE).to(dtype)
-    out = ops.w4a16_gemm(x, *parts, bias, group_size=group_size)
-    want = gemm_spec.w4a16_gemm(x.double(), *parts, bias, group_size)
-    w = gemm_spec.dequantize_int4(*parts, group_size, dtype)
-    assert_matches(out, want, F.linear(x, w, bias))
-    again = ops.w4a16_gemm(x, *parts, bias, group_size=group_size)
-    assert torch.equal(out, again), "two runs differ"
+@pytest.mark.parametrize(
+    "case", (CANONICAL_CASES | LARGE_CASES).values(), ids=CANONICAL_CASES | LARGE_CASES
+)
+def test_products_over_the_canonical_layout(case, dtype, backend):
+    weight = case.weight(DEVICE)
+    x = torch.randn(case.M, case.K, device=DEVICE).to(dtype)
+    bias = torch.randn(case.N, device=DEVICE).to(dtype)
+    out = case.multiply(x, weight, bias)
+    # Of so few sums, torch's largest error is a matter of luck: 4 instead of 2.
+    case.check(out, x, weight, bias, slack=4)
+    assert torch.equal(out, case.multiply(x, weight, bias)), "two runs differ"
 
 
 HALVES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d).removeprefix("torch."))
 TIERS = {
-    "decode_4096": (1, 4096, 4096, 128, True, torch.bfloat16),
-    "decode_k_and_v": (32, 1024, 4096, 128, False, torch.float16),
-    "tile": (1000, 520, 4096, 64, True, torch.bfloat16),
-    "last_tile": (1023, 256, 512, 128, False, torch.bfloat16),
-    "dense": (1024, 520, 512, 128, True, torch.bfloat16),
+    "large_decode_4096": CodeCase(1, 4096, 4096, 128, "symmetric", torch.bfloat16),
+    "large_decode_k_and_v": CodeCase(32, 1024, 4096, 128, "zeros", torch.float16),
+    "large_decode_4096_nf4": CodeCase(16, 4096, 4096, 64, "nf4"),
+    "large_tile_k_and_v": CodeCase(64, 1024, 4096, 128, "symmetric", torch.bfloat16),
+    "large_wide": CodeCase(1000, 520, 4096, 64, "symmetric", torch.bfloat16),
+    "large_wide_nf4": CodeCase(300, 4096, 4096, 64, "nf4"),
+    "large_wide_row_books": CodeCase(129, 520, 1024, 128, "row", torch.bfloat16),
+    "large_last_tile": CodeCase(1023, 256, 512, 128, "zeros", torch.bfloat16),
+    "large_dense": CodeCase(1024, 520, 512, 128, "symmetric", torch.bfloat16),
+    "large_dense_group_books": CodeCase(1024, 520, 512, 128, "group", torch.bfloat16),
 }
 
 
@@ -83,51 +85,80 @@ TIERS = {
 @pytest.mark.parametrize(
     "case", (CUDA_LAYOUT_CASES | TIERS).values(), ids=CUDA_LAYOUT_CASES | TIERS
 )
-def test_w4a16_gemm_over_the_cuda_layout(case, dtype):
-    M, N, K, group_size, symmetric, scale_dtype = case
-    parts = weight(N, K, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-    packed = to_cuda_layout(*parts, group_size)
-    for ours, original in zip(from_cuda_layout(*packed, group_size), parts, strict=True):
-        assert (ours is None) == (original is None)
-        assert ours is None or torch.equal(ours, original)
-    x = torch.randn(M, K, device=DEVICE).to(dtype)
-    bias = torch.randn(N, device=DEVICE).to(dtype)
-
-    def multiply():
-        return ops.w4a16_gemm(x, *packed, bias, group_size=group_size, layout="cuda")
-
+def test_products_over_the_cuda_layout(case, dtype):
+    weight = case.weight(DEVICE)
+    x = torch.randn(case.M, case.K, device=DEVICE).to(dtype)
+    bias = torch.randn(case.N, device=DEVICE).to(dtype)
     with use_backend("cuda"):
-        out = multiply()
-        assert all(torch.equal(out, multiply()) for _ in range(20)), "two runs differ"
-        w = ops.dequantize_int4(*packed, group_size=group_size, dtype=dtype, layout="cuda")
-    assert torch.equal(w, gemm_spec.dequantize_int4(*parts, group_size, dtype))
-    want = gemm_spec.w4a16_gemm(x.double(), *parts, bias, group_size)
-    assert_matches(out, want, F.linear(x, w, bias))
+        packed = case.pack(weight)
+        out = case.multiply(x, packed, bias, "cuda")  # right behind the packer
+        for _ in range(20):
+            assert torch.equal(out, case.multiply(x, packed, bias, "cuda")), "two runs differ"
+        w = case.dequantize(packed, dtype, "cuda")
+    assert torch.equal(w, case.dense(weight, dtype))
+    case.check(out, x, weight, bias, slack=4)
 
 
-def test_a_row_depends_on_no_other_of_its_tier():
-    packed = to_cuda_layout(*weight(4096, 4096, 128), 128)
+@pytest.mark.parametrize(
+    "case", (CUDA_LAYOUT_CASES | TIERS).values(), ids=CUDA_LAYOUT_CASES | TIERS
+)
+def test_the_packers_make_the_same_bits_as_torch(case):
+    weight = case.weight(DEVICE)
+    with use_backend("cuda"):
+        packed = case.pack(weight)
+        back = case.unpack(packed)
+    want = case.pack(weight, kernel=False)
+    for ours, other in (*zip(packed, want, strict=True), *zip(back, weight, strict=True)):
+        assert (ours is None) == (other is None)
+        assert ours is None or (ours.dtype == other.dtype and torch.equal(ours, other))
+
+
+@pytest.mark.parametrize("values", ["symmetric", "nf4", "row", "group"])
+def test_linear_layers_run_packed_and_save_what_they_were_given(values):
+    dense = torch.nn.Linear(512, 300, dtype=torch.bfloat16, device=DEVICE)
+    if values == "symmetric":
+        layer = Int4Linear.from_linear(dense, 4, 128)
+    elif values == "nf4":
+        layer = Lut4Linear.from_linear(dense, "nf4", 64)
+    else:
+        _, codebook, scales = CodeCase(1, 300, 512, 64, values).weight(DEVICE)
+        codes = torch.randint(0, 16, (300, 512), dtype=torch.uint8, device=DEVICE)
+        layer = Lut4Linear.from_parts(codes, codebook, scales, group_size=64, dtype=torch.bfloat16)
+    saved = {name: t.clone() for name, t in layer.state_dict().items()}
+    x = torch.randn(5, 512, device=DEVICE).bfloat16()
+    w, y = layer.dequantize(torch.float64), layer(x)
+    assert "layout=cuda" in repr(layer)
+    want = F.linear(x.double(), w, None if layer.bias is None else layer.bias.double())
+    assert_matches(y, want, want.bfloat16(), slack=8)
+    for name, t in layer.state_dict().items():
+        assert torch.equal(t, saved[name])
+
+
+@pytest.mark.parametrize("values", ["symmetric", "nf4"])
+def test_a_row_of_a_large_product_depends_on_no_other_of_its_tier(values):
+    case = CodeCase(100, 4096, 4096, 128, values)
     x = torch.randn(100, 4096, device=DEVICE).bfloat16()
     with use_backend("cuda"):
-        whole = ops.w4a16_gemm(x[:32], *packed, group_size=128, layout="cuda")
+        packed = case.pack(case.weight(DEVICE))
+        whole = case.multiply(x[:32], packed, None, "cuda")
         for rows in (slice(0, 1), slice(3, 12), slice(7, 30)):
-            part = ops.w4a16_gemm(x[rows], *packed, group_size=128, layout="cuda")
-            assert torch.equal(part, whole[rows])
-        tiles = ops.w4a16_gemm(x, *packed, group_size=128, layout="cuda")
-        part = ops.w4a16_gemm(x[50:90], *packed, group_size=128, layout="cuda")
-        assert torch.equal(part, tiles[50:90])
+            assert torch.equal(case.multiply(x[rows], packed, None, "cuda"), whole[rows])
+        tiles = case.multiply(x, packed, None, "cuda")
+        assert torch.equal(case.multiply(x[50:90], packed, None, "cuda"), tiles[50:90])
 
 
-@pytest.mark.parametrize("M", [1, 32, 200, 1024])
-def test_cuda_graph_capture_of_every_tier(M):
-    packed = to_cuda_layout(*weight(1024, 4096, 128), 128)
+@pytest.mark.parametrize("values", ["symmetric", "nf4"])
+@pytest.mark.parametrize("M", [1, 32, 64, 200, 1024])
+def test_cuda_graph_capture_of_every_tier(M, values):
+    case = CodeCase(M, 1024, 4096, 128, values)
     x = torch.randn(M, 4096, device=DEVICE).bfloat16()
 
     def chain():  # the second product waits for the first
-        y = ops.w4a16_gemm(x, *packed, group_size=128, layout="cuda")
-        return ops.w4a16_gemm(y.repeat(1, 4), *packed, group_size=128, layout="cuda")
+        y = case.multiply(x, packed, None, "cuda")
+        return case.multiply(y.repeat(1, 4), packed, None, "cuda")
 
     with use_backend("cuda"):
+        packed = case.pack(case.weight(DEVICE))
         chain()
         torch.cuda.synchronize(DEVICE)
         gc.collect()
@@ -197,32 +228,6 @@ def test_cuda_graph_capture_of_every_sparse24_tier(M, group_size):
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(captured, chain())
-
-
-# M, N, K, group size, book, scale dtype
-LUT_CASES = {
-    "m1": (1, 4096, 4096, 64, "nf4", torch.float32),
-    "m2_book_per_group": (2, 130, 1056, 96, "group", torch.float16),
-    "m8_book_per_row": (8, 257, 512, 512, "row", None),
-    "m9": (9, 65, 512, 64, "nf4", torch.bfloat16),
-    "m32_book_per_row": (32, 1024, 1024, 128, "row", None),
-    "m200_tails_everywhere": (200, 333, 352, 32, "group", torch.float32),
-}
-
-
-@dtypes
-@pytest.mark.parametrize("case", LUT_CASES.values(), ids=LUT_CASES)
-def test_lut4_gemm(case, dtype, backend):
-    M, N, K, group_size, book, scale_dtype = case
-    parts = random_lut4_weight(N, K, group_size, book=book, scale_dtype=scale_dtype)
-    parts = tuple(None if t is None else t.to(DEVICE) for t in parts)
-    x = torch.randn(M, K, device=DEVICE).to(dtype)
-    bias = torch.randn(N, device=DEVICE).to(dtype)
-    out = ops.lut4_gemm(x, *parts, bias, group_size=group_size)
-    w = lut_spec.dequantize_lut4(*parts, group_size, torch.float64)
-    assert_matches(out, x.double() @ w.t() + bias.double(), F.linear(x, w.to(dtype), bias))
-    again = ops.lut4_gemm(x, *parts, bias, group_size=group_size)
-    assert torch.equal(out, again), "two runs differ"
 
 
 def test_rows_of_x_lie_apart(backend):

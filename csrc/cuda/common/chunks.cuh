@@ -10,6 +10,7 @@ namespace llmkern::cuda {
 
 constexpr int kChunkRows = 64;
 constexpr int kChunkColumns = 128;
+constexpr int kCodeBytes = kChunkRows * kChunkColumns / 2;
 
 // Columns per scale inside a chunk: longer groups are repeated.
 inline __host__ __device__ int inline_group_size(int64_t group_size) {

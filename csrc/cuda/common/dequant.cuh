@@ -16,8 +16,6 @@
 
 namespace llmkern::cuda {
 
-constexpr int kCodeBytes = kChunkRows * kChunkColumns / 2;
-
 struct Int4Chunks {
   int64_t per_row;  // chunks that follow each other along K
   int bytes;        // of one chunk
@@ -68,6 +66,19 @@ __device__ __forceinline__ void unpack_fragment(uint32_t word, const uint32_t (&
     value = __hsub2(value, bias);
     memcpy(&a[i], &value, sizeof(value));
   }
+}
+
+// Two floats, each rounded to T, in the halves of a register.
+template <typename T>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+  typename Biased<T>::Pair pair;
+  if constexpr (std::is_same_v<T, __half>)
+    pair = __floats2half2_rn(low, high);
+  else
+    pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
 }
 
 }  // namespace llmkern::cuda

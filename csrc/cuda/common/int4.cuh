@@ -31,4 +31,31 @@ __device__ __forceinline__ void unpack8(uint32_t word, float zero, float (&out)[
   for (int i = 0; i < 8; i++) out[i] = static_cast<float>(word >> (4 * i) & 15) - zero;
 }
 
+// As code_rows.cuh describes it.
+template <typename Weight>
+struct CodeRows;
+
+template <>
+struct CodeRows<Int4Weight> {
+  static constexpr int kBookEntries = 1;
+  using Group = GroupGrid;
+
+  static __device__ __forceinline__ void enter_row(const Int4Weight&, float*, int64_t) {}
+  static __device__ __forceinline__ Group enter_group(const Int4Weight& w, float*, int64_t n,
+                                                      int64_t g) {
+    return load_grid(w, n, g);
+  }
+  static __device__ __forceinline__ void decode(uint32_t word, const Group& group, const float*,
+                                                float (&out)[8]) {
+    unpack8(word, group.zero, out);
+  }
+  static __device__ __forceinline__ void decode_scaled(const Int4Weight& w, int64_t n, int64_t g,
+                                                       uint32_t word, float (&out)[8]) {
+    const GroupGrid grid = load_grid(w, n, g);
+    unpack8(word, grid.zero, out);
+#pragma unroll
+    for (int i = 0; i < 8; i++) out[i] *= grid.scale;
+  }
+};
+
 }  // namespace llmkern::cuda

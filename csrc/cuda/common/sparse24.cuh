@@ -88,19 +88,6 @@ struct Sparse24Format {
   }
 };
 
-// Two floats, each rounded to T, in a register.
-template <typename T>
-__device__ __forceinline__ uint32_t round_pair(float low, float high) {
-  typename Biased<T>::Pair pair;
-  if constexpr (std::is_same_v<T, __half>)
-    pair = __floats2half2_rn(low, high);
-  else
-    pair = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-
 template <typename T>
 __device__ __forceinline__ float2 widen_pair(uint32_t bits) {
   typename Biased<T>::Pair pair;
