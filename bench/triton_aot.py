@@ -109,6 +109,8 @@ def compile_only(arch: int) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         yield compiled
     finally:
         JITFunction.run = run
+        if torch.cuda.is_available():
+            triton.runtime.driver.reset_active()
 
 
 def resources(kernel: Any) -> tuple[int, int]:
@@ -370,25 +372,41 @@ CASES: dict[str, Callable[[], None]] = {
 QUICK = re.compile(r"^(?!.*(float16 .* g(64|32)|bfloat16 .* g64|sparse24\w* float16)).*$")
 
 
+def compile_case(case: str, launch: Callable[[], None], arch: int) -> list[tuple[str, Row]]:
+    """What `launch` compiles for sm_<arch>, with a hash of each kernel."""
+    with compile_only(arch) as compiled:
+        start = time.perf_counter()
+        launch()
+        seconds = time.perf_counter() - start
+    rows = []
+    for kernel, kwargs in compiled:
+        constants = {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool)}
+        registers, stack = resources(kernel)
+        name, shared = kernel.metadata.name, kernel.metadata.shared
+        numbers = (registers, stack, shared, instructions(kernel), round(seconds, 2))
+        rows.append((kernel.hash, Row(case, arch, name, constants, *numbers)))
+    return rows
+
+
+def compile_tile(op: str, x: str, config: configs.Config, group_size: int, arch: int) -> list[Row]:
+    """The kernels of one tile of w4a16_gemm or lut4_gemm; x is "16-bit" or "float32"."""
+    launch = {"w4a16_gemm": _gemm, "lut4_gemm": _lut4}[op]
+    dtype = F32 if x == "float32" else BF16
+    shape = (config.BLOCK_M, 4096, 4096)
+    work = partial(launch, *shape, group_size, dtype, config.for_groups(group_size))
+    return [row for _, row in compile_case(op, work, arch)]
+
+
 def compile_all(archs: list[int], quick: bool = False) -> list[Row]:
     rows = []
     seen = set()
     cases = {name: case for name, case in CASES.items() if not quick or QUICK.match(name)}
     for arch in archs:
         for case, launch in cases.items():
-            with compile_only(arch) as compiled:
-                start = time.perf_counter()
-                launch()
-                seconds = time.perf_counter() - start
-            for kernel, kwargs in compiled:
-                if (arch, kernel.hash) in seen:
-                    continue
-                seen.add((arch, kernel.hash))
-                constants = {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool)}
-                registers, stack = resources(kernel)
-                name, shared = kernel.metadata.name, kernel.metadata.shared
-                numbers = (registers, stack, shared, instructions(kernel), round(seconds, 2))
-                rows.append(Row(case, arch, name, constants, *numbers))
+            for kernel, row in compile_case(case, launch, arch):
+                if (arch, kernel) not in seen:
+                    seen.add((arch, kernel))
+                    rows.append(row)
     return rows
 
 

@@ -11,8 +11,10 @@ ROWS = configs.parse(configs.PATH.read_text())
 
 def test_the_file_is_what_the_tool_writes() -> None:
     assert configs.dump(ROWS) == configs.PATH.read_text()
-    estimated = [row for row in ROWS if row.source == tune_triton.ESTIMATE]
-    assert configs.dump(estimated) == configs.dump(tune_triton.all_estimates())
+    tuned = [row for row in ROWS if row.source != tune_triton.ESTIMATE]
+    assert configs.dump(tune_triton.merged(tune_triton.all_estimates(), tuned)) == configs.dump(
+        ROWS
+    )
 
 
 def test_no_class_of_shapes_has_two_rows() -> None:
