@@ -126,15 +126,23 @@ def _host_latency(contender: Contender) -> float:
     samples = []
     default = torch.get_default_device()
     torch.set_default_device(None)  # a default device that is not the CPU slows every call down
-    for _ in range(HOST_VISITS):
+    try:
+        for _ in range(HOST_VISITS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for i in range(HOST_CALLS):
+                contender.run(i)
+            samples.append((time.perf_counter() - start) / HOST_CALLS)
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        for i in range(HOST_CALLS):
-            contender.run(i)
-        samples.append((time.perf_counter() - start) / HOST_CALLS)
-    torch.set_default_device(default)
-    torch.cuda.synchronize()
+    finally:  # a peer may raise: the others still run on the device
+        torch.set_default_device(default)
     return statistics.median(samples)
+
+
+def smi_index(device: int) -> str:
+    """What nvidia-smi calls a device: it numbers all of them, whatever CUDA_VISIBLE_DEVICES says."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return "GPU-" + uuid.removeprefix("GPU-")
 
 
 def parse_clocks(line: str) -> dict[str, float] | None:
@@ -183,7 +191,7 @@ def clock_log(wanted: bool) -> Iterator[ClockLog]:
         "-lms",
         "200",
         "-i",
-        str(torch.cuda.current_device()),
+        smi_index(torch.cuda.current_device()),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 

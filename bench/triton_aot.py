@@ -389,11 +389,12 @@ def compile_case(case: str, launch: Callable[[], None], arch: int) -> list[tuple
 
 
 def compile_tile(op: str, x: str, config: configs.Config, group_size: int, arch: int) -> list[Row]:
-    """The kernels of one tile of w4a16_gemm or lut4_gemm; x is "16-bit" or "float32"."""
-    launch = {"w4a16_gemm": _gemm, "lut4_gemm": _lut4}[op]
+    """The kernels of one tile of an op of the table; x is "16-bit" or "float32"."""
+    launch = GEMMS[op]
     dtype = F32 if x == "float32" else BF16
     shape = (config.BLOCK_M, 4096, 4096)
-    work = partial(launch, *shape, group_size, dtype, config.for_groups(group_size))
+    fitted = config if op == "sparse24_gemm" else config.for_groups(group_size)
+    work = partial(launch, *shape, group_size, dtype, fitted)
     return [row for _, row in compile_case(op, work, arch)]
 
 

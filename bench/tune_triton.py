@@ -210,7 +210,7 @@ def classes(
     return [
         Key(op, x, sms, M, N, K)
         for op, x in product(ops, xs)
-        for M, N, K in product(M_LIMITS[x], N_LIMITS, K_LIMITS)
+        for M, N, K in product(m_limits(op, x), N_LIMITS, K_LIMITS)
         if (not m or M in m) and (not n or N in n) and (not k or K in k)
     ]
 
@@ -221,16 +221,13 @@ def time_candidates(key: Key, configs: Sequence[Config], rounds: int) -> list[tu
     import harness
     import torch
 
-    from llmkern.testing import CodeCase
-
     M, N, K = shape_of(key)
     dtype = torch.float32 if key.x == "float32" else torch.bfloat16
-    values = "symmetric" if key.op == "w4a16_gemm" else "nf4"
-    case = CodeCase(M, N, K, GROUP_SIZE, values, torch.bfloat16)
-    weight = case.weight("cuda")
+    weight, dense = _weight(key, dtype)
     x = torch.randn(M, K, dtype=dtype, device="cuda")
-    spec = x.double() @ case.dense(weight).t()
-    number = harness.copies(N * K // 2, harness.ring_bytes())
+    spec = x.double() @ dense.t()
+    size = sum(t.nbytes for t in weight if t is not None)
+    number = harness.copies(size, harness.ring_bytes())
     ring = [tuple(None if t is None else t.clone() for t in weight) for _ in range(number)]
     contenders = [
         harness.Contender(
@@ -265,15 +262,36 @@ def _problem(contender: Any) -> str | None:
     return mismatch
 
 
-def _call(op: str, config: Config, x: Any, ring: Sequence[tuple[Any, ...]], N: int) -> Any:
-    from llmkern.triton_kernels import lut4_gemm, w4a16_gemm
+def _weight(key: Key, dtype: Any) -> tuple[tuple[Any, ...], Any]:
+    """A random weight of the class in the canonical layout, and what it stands for in float64."""
+    import torch
 
-    launch = {"w4a16_gemm": w4a16_gemm.launch, "lut4_gemm": lut4_gemm.launch}[op]
+    from llmkern.testing import CodeCase, Sparse24Case
+
+    M, N, K = shape_of(key)
+    if key.op.startswith("sparse24"):
+        sparse = Sparse24Case(
+            M, N, K, None if key.op == "sparse24_gemm" else GROUP_SIZE, True, torch.bfloat16
+        )
+        parts = tuple(None if t is None else t.cuda() for t in sparse.weight(dtype))
+        return parts, sparse.dense(parts, torch.float64)
+    values = "symmetric" if key.op == "w4a16_gemm" else "nf4"
+    case = CodeCase(M, N, K, GROUP_SIZE, values, torch.bfloat16)
+    weight = case.weight("cuda")
+    return weight, case.dense(weight)
+
+
+def _call(op: str, config: Config, x: Any, ring: Sequence[tuple[Any, ...]], N: int) -> Any:
+    import importlib
+
+    launch = importlib.import_module(f"llmkern.triton_kernels.{op}").launch
     out = x.new_empty(x.shape[0], N)
-    fitted = config.for_groups(GROUP_SIZE)
+    # Values of 2:4 weights have no groups.
+    group = () if op == "sparse24_gemm" else (GROUP_SIZE,)
+    fitted = config.for_groups(GROUP_SIZE) if group else config
 
     def run(i: int) -> Any:
-        launch(x, *ring[i % len(ring)], None, GROUP_SIZE, "canonical", out, fitted)
+        launch(x, *ring[i % len(ring)], None, *group, "canonical", out, fitted)
         return out
 
     return run
@@ -350,7 +368,7 @@ def write_estimates(out: Out = PATH) -> None:
 
 @app.command()
 def tune(
-    op: Annotated[list[str] | None, typer.Option(help="of lut4_gemm and w4a16_gemm")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="one of the table's, repeatable")] = None,
     x: Annotated[list[str] | None, typer.Option(help="of 16-bit and float32")] = None,
     m: Annotated[list[int] | None, typer.Option(help="limits of M to tune; 0: the last")] = None,
     n: Annotated[list[int] | None, typer.Option(help="limits of N to tune; 0: the last")] = None,
@@ -365,8 +383,8 @@ def tune(
     import torch
     import triton_aot
 
-    if unknown := {*(op or ()), *(x or ())} - {*OPS, *M_LIMITS}:
-        raise typer.BadParameter(f"got {sorted(unknown)}, expected of {[*OPS, *M_LIMITS]}")
+    if unknown := {*(op or ()), *(x or ())} - {*OPS, *KINDS}:
+        raise typer.BadParameter(f"got {sorted(unknown)}, expected of {[*OPS, *KINDS]}")
     if not dry_run:
         if not torch.cuda.is_available():
             raise typer.BadParameter("got no CUDA device, expected one (or --dry-run)")
@@ -377,7 +395,7 @@ def tune(
     sms = {80: 108, 90: 132}[arch]
     if not dry_run:
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-    keys = classes(op or OPS, x or list(M_LIMITS), sms, (m or (), n or (), k or ()))
+    keys = classes(op or OPS, x or KINDS, sms, (m or (), n or (), k or ()))
     if not keys:
         raise typer.BadParameter("got limits of no class, expected some of the table's")
     if dry_run:

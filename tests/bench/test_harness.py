@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import _gpu
 import _report
@@ -54,6 +55,27 @@ def test_data_sheet_is_found_by_name(name, bandwidth):
     found = _gpu.specified(name)
     assert found is not None
     assert found[0] == bandwidth
+
+
+def test_a_peer_that_raises_leaves_the_default_device(monkeypatch):
+    def refuse(i):
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    torch.set_default_device("meta")
+    try:
+        with pytest.raises(RuntimeError, match="not here"):
+            _gpu._host_latency(Contender("peer", refuse, lambda out: None))
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("uuid", ["0a-1b", "GPU-0a-1b"])
+def test_nvidia_smi_is_told_the_device_that_is_used(uuid, monkeypatch):
+    properties = SimpleNamespace(uuid=uuid)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert _gpu.smi_index(0) == "GPU-0a-1b"
 
 
 def test_data_sheet_of_an_unknown_device_is_absent():

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 KEYS = [
     Key(op, x, sms, M, N, K)
     for op in tune_triton.OPS
-    for x, limits in tune_triton.M_LIMITS.items()
+    for x in tune_triton.KINDS
     for sms in (108, 132)
-    for M in limits
+    for M in tune_triton.m_limits(op, x)
     for N, K in ((1024, 4096), (4096, 1024), (None, None))
 ]
 

@@ -109,9 +109,10 @@ struct ChunkRings {
 };
 
 template <typename Format, typename T, typename Tile, bool BULK>
-__global__ void __launch_bounds__(Tile::kThreads)
-    chunk_gemm_kernel(const ChunkGemmParams p, Format format, const ChunkConfig config,
-                      const int64_t chunks_per_row, const unsigned m_tiles) {
+__device__ __forceinline__ void multiply_tile(const ChunkGemmParams& p, Format& format,
+                                              const ChunkConfig& config,
+                                              const int64_t chunks_per_row,
+                                              const unsigned m_tiles) {
   constexpr int NT = Tile::kNT, kXStages = Tile::kXStages;
   LLMKERN_DYNAMIC_SHARED(unsigned char, smem);
   LLMKERN_SHARED(uint64_t, arrived, [kMaxStages]);
@@ -242,6 +243,18 @@ __global__ void __launch_bounds__(Tile::kThreads)
     store(static_cast<T*>(p.out) + m * p.N + n, sum);
   }
   if (cluster) ptx::cluster_sync();  // no CTA ends before the others have read its tile
+}
+
+template <typename Format, typename T, typename Tile, bool BULK>
+__global__ void __launch_bounds__(Tile::kThreads)
+    chunk_gemm_kernel(const ChunkGemmParams p, Format format, const ChunkConfig config,
+                      const int64_t chunks_per_row, const unsigned m_tiles) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (BULK)
+    __trap();  // never launched here: nothing to compile
+  else
+#endif
+    multiply_tile<Format, T, Tile, BULK>(p, format, config, chunks_per_row, m_tiles);
 }
 
 // The second pass without clusters: adds the slices, in their order.
