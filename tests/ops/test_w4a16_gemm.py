@@ -18,18 +18,6 @@ from llmkern.testing import assert_matches, random_int4_weight, relative_error
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ISAS = compiled_module("_cpu")[0].isas()
-BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["reference"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    name, _, isa = request.param.partition("-")
-    cpu = compiled_module("_cpu")[0]
-    before = cpu.isa()
-    cpu.set_isa(isa or before)
-    with llmkern.use_backend(name):
-        yield name
-    cpu.set_isa(before)
 
 
 @dataclass(frozen=True)
