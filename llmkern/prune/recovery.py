@@ -5,7 +5,6 @@ Weights that an earlier pruning made zero stay zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmkern.masks import MaskedParameters, pruned_layers
-from llmkern.models import block_linears, find_blocks
+from llmkern.models import block_linears, evaluation_mode, find_blocks
 from llmkern.models.linears import transposed
 from llmkern.prune._options import RecoveryOptions
+from llmkern.train import TrainOptions, fit
 
 _WARMUP = 0.1
-_CLIP = 1.0
 _RATES = {"lora": 1e-4, "full": 1e-5}
 
 
@@ -31,7 +30,7 @@ def recover(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[float]:
-    """Train `model` on next-token prediction, in place: AdamW, warm-up, cosine.
+    """Train `model` on next-token prediction, in place, by `llmkern.train.fit`.
 
     Trained are the dense linears of the decoder blocks, whole or through LoRA matrices that are merged
     at the end. Weights of 16 bits are held in 32 while they are trained whole.
@@ -56,64 +55,50 @@ def recover(
     }
     pruned = {name: model.get_parameter(f"{name}.weight") for name in pruned_layers(model)}
     masks = MaskedParameters(pruned)
+    settings = TrainOptions(
+        steps=options.recovery_steps,
+        lr=options.recovery_lr or _RATES[options.recovery],
+        batch_size=batch_size,
+        warmup=_WARMUP,
+        seed=seed,
+    )
     state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # LoRA's matrices are drawn before the loop sets it
     try:
         train = _lora if options.recovery == "lora" else _full
-        with train(model, names, options.recovery_rank) as parameters:
-            losses = _fit(model, windows, parameters, options, batch_size)
+        with evaluation_mode(model), train(model, names, options.recovery_rank):
+            report = fit(_NextToken(model), {"input_ids": windows}, settings)
+    except FloatingPointError as error:
+        raise ValueError(f"recovery_lr: got {settings.lr}: {error}") from error
     finally:
         masks.apply()  # merging fills the zeros
         masks.remove()
         torch.random.set_rng_state(state)
-    return losses
+    return [step.metrics["loss"] for step in report.steps]
 
 
-def _fit(
-    model: nn.Module,
-    windows: Tensor,
-    parameters: list[nn.Parameter],
-    options: RecoveryOptions,
-    batch_size: int,
-) -> list[float]:
-    peak, steps = options.recovery_lr or _RATES[options.recovery], options.recovery_steps
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
-    device = parameters[0].device
-    losses: list[float] = []
-    batches = _batches(len(windows), batch_size)
-    # The model stays in evaluation mode: dropout would only disturb so short a training.
-    for _ in range(steps):
-        tokens = windows[next(batches)].to(device)
-        loss = next_token_loss(model, tokens)
-        losses.append(float(loss.detach()))
-        if math.isnan(losses[-1]):
-            raise ValueError(f"recovery_lr: got {peak}, the loss became NaN at step {len(losses)}")
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
-        optimizer.step()
-        scheduler.step()
-    return losses
+class _NextToken(nn.Module):
+    """A language model as `llmkern.train.fit` takes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def train(self, mode: bool = True) -> _NextToken:
+        """Always evaluation mode: dropout would only disturb so short a training."""
+        super().train(False)
+        return self
+
+    def forward(self, batch: dict[str, Tensor], num_items: float) -> dict[str, Tensor]:
+        tokens = batch["input_ids"]
+        predictions = tokens.shape[0] * (tokens.shape[1] - 1)
+        return {"loss": next_token_loss(self.model, tokens) * (predictions / num_items)}
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean negative log-likelihood of each token given those before it, in nats."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def _schedule(step: int, steps: int) -> float:
-    warmup = max(1, round(_WARMUP * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _batches(count: int, size: int) -> Iterator[Tensor]:
-    """Endless batches of indices, every window once per round."""
-    while True:
-        yield from torch.split(torch.randperm(count), size)
 
 
 @contextmanager
@@ -133,9 +118,7 @@ def only_trained(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None
 
 
 @contextmanager
-def _full(
-    model: nn.Module, linears: dict[str, nn.Module], rank: int
-) -> Iterator[list[nn.Parameter]]:
+def _full(model: nn.Module, linears: dict[str, nn.Module], rank: int) -> Iterator[None]:
     trained = [p for linear in linears.values() for p in linear.parameters()]
     dtypes = [(p, p.dtype) for p in model.parameters()]
     # A step is far smaller than what 8 bits of mantissa can tell apart. Buffers keep their types: those
@@ -144,16 +127,14 @@ def _full(
         parameter.data = parameter.data.float()
     try:
         with only_trained(model, trained):
-            yield trained
+            yield
     finally:
         for parameter, dtype in dtypes:
             parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
-def _lora(
-    model: nn.Module, linears: dict[str, nn.Module], rank: int
-) -> Iterator[list[nn.Parameter]]:
+def _lora(model: nn.Module, linears: dict[str, nn.Module], rank: int) -> Iterator[None]:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -170,7 +151,7 @@ def _lora(
     )
     adapted = get_peft_model(model, config)
     try:
-        yield [p for p in adapted.parameters() if p.requires_grad]
+        yield
     finally:
         adapted.merge_and_unload()
         for parameter, setting in settings:

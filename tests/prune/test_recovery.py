@@ -88,7 +88,7 @@ def test_every_method_can_recover(tiny: Tiny, method: str) -> None:
 def test_loss_that_diverges_is_an_error(tiny: Tiny) -> None:
     model = tiny("llama")
     options = WidthOptions(recovery="full", recovery_steps=3, recovery_lr=1e30)
-    with pytest.raises(ValueError, match=r"recovery_lr: got 1e\+30, the loss became NaN at step"):
+    with pytest.raises(ValueError, match=r"recovery_lr: got 1e\+30: loss: got (nan|inf) in step"):
         recover(model, patterned(), options)
 
 
