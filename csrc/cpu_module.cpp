@@ -34,6 +34,7 @@ struct Kernels {
   void (*hessian_update)(const HessianUpdateParams&);
   bool (*hessian_factor)(const HessianFactorParams&);
   void (*obs_quantize)(const ObsQuantizeParams&);
+  void (*obs_prune)(const ObsPruneParams&);
 };
 
 #define LLMKERN_KERNELS(isa, supported) \
@@ -47,7 +48,8 @@ struct Kernels {
    isa::sparse24_w4a16_gemm,            \
    isa::hessian_update,                 \
    isa::hessian_factor,                 \
-   isa::obs_quantize}
+   isa::obs_quantize,                   \
+   isa::obs_prune}
 
 #ifdef LLMKERN_X86
 bool has_avx512bf16() {
@@ -151,6 +153,35 @@ Lut4Weight lut4_weight(uintptr_t qweight, uintptr_t codebook, uintptr_t scales, 
           Lut4Layout(layout)};
 }
 
+ObsQuantizeParams obs_loop(uintptr_t w, uintptr_t U, uintptr_t d, uintptr_t g_idx, uintptr_t codes,
+                           uintptr_t scales, uintptr_t zeros, uintptr_t w_hat, uintptr_t loss,
+                           uintptr_t mask, uintptr_t codebook, int64_t N, int64_t K,
+                           int64_t group_size, int bits, bool dynamic, bool symmetric,
+                           bool clip_search, int scales_dtype, int64_t book_row_stride,
+                           int64_t book_group_stride) {
+  return {pointer<float>(w),
+          pointer<float>(U),
+          pointer<float>(d),
+          pointer<int32_t>(g_idx),
+          pointer<uint8_t>(codes),
+          pointer<float>(scales),
+          pointer<float>(zeros),
+          pointer<float>(w_hat),
+          pointer<float>(loss),
+          N,
+          K,
+          group_size,
+          bits,
+          dynamic,
+          symmetric,
+          clip_search,
+          DType(scales_dtype),
+          pointer<uint8_t>(mask),
+          pointer<float>(codebook),
+          book_row_stride,
+          book_group_stride};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -232,16 +263,15 @@ PYBIND11_MODULE(_cpu, m) {
                                        pointer<float>(d), K});
       },
       "False if H is not positive definite.", unlocked);
+  py::class_<ObsQuantizeParams>(m, "ObsLoop", "A weight, its factor and what it is rounded to.")
+      .def(py::init(&obs_loop));
   m.def(
-      "obs_quantize",
-      [](uintptr_t w, uintptr_t U, uintptr_t d, uintptr_t g_idx, uintptr_t codes, uintptr_t scales,
-         uintptr_t zeros, uintptr_t w_hat, uintptr_t loss, int64_t N, int64_t K, int64_t group_size,
-         int bits, bool dynamic, bool symmetric, bool clip_search, int scales_dtype) {
-        active->obs_quantize({pointer<float>(w), pointer<float>(U), pointer<float>(d),
-                              pointer<int32_t>(g_idx), pointer<uint8_t>(codes),
-                              pointer<float>(scales), pointer<float>(zeros), pointer<float>(w_hat),
-                              pointer<float>(loss), N, K, group_size, bits, dynamic, symmetric,
-                              clip_search, DType(scales_dtype)});
+      "obs_quantize", [](const ObsQuantizeParams& loop) { active->obs_quantize(loop); }, unlocked);
+  m.def(
+      "obs_prune",
+      [](const ObsQuantizeParams& loop, uintptr_t chosen, double sparsity, int64_t kept,
+         int64_t size, bool per_row) {
+        active->obs_prune({loop, pointer<uint8_t>(chosen), sparsity, per_row, kept, size});
       },
       unlocked);
 }

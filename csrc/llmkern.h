@@ -130,7 +130,7 @@ struct HessianFactorParams {
 
 // The column loop of llmkern/reference/obs_quantize.py over a whole matrix.
 struct ObsQuantizeParams {
-  const float* w;        // [N, K], columns in visiting order
+  const float* w;        // [N, K], columns in the order in which they are visited
   const float* U;        // [K, K], strict upper triangle read
   const float* d;        // [K]
   const int32_t* g_idx;  // [K]
@@ -142,7 +142,21 @@ struct ObsQuantizeParams {
   int64_t N, K, group_size;
   int32_t bits;
   bool dynamic, symmetric, clip_search;
-  DType scales_dtype;  // scales are rounded to it
+  DType scales_dtype;             // scales are rounded to it
+  const uint8_t* mask = nullptr;  // [N, K], 0 = pruned, or null: none is
+  // Null: integers. Else 16 ascending entries for row n, group g at n * book_row_stride + g *
+  // book_group_stride; codes are then ranks among them.
+  const float* codebook = nullptr;
+  int64_t book_row_stride = 0, book_group_stride = 0;
+};
+
+// The same loop with a mask that is chosen on the way, as llmkern/reference/obs_prune.py does.
+struct ObsPruneParams {
+  ObsQuantizeParams loop;  // codes null: what is kept is not rounded, and nothing of a grid is read
+  uint8_t* chosen;         // [N, K], written unless loop.mask is given: 1 = kept
+  double sparsity;         // fraction that goes if size is 0,
+  bool per_row;            // of each row or of all
+  int64_t kept, size;      // columns kept of every `size`, or 0 and 0
 };
 
 // Columns first..last-1 of that loop and of llmkern/reference/obs_prune.py's, as

@@ -64,6 +64,23 @@ def relative_error(out: Tensor, spec: Tensor) -> float:
     return float((out.double() - spec).norm() / spec.norm())
 
 
+def random_hessian(K: int, seed: int = 0) -> Tensor:
+    """float64 [K, K], 2/n XᵀX of correlated inputs with spread channel scales."""
+    g = torch.Generator().manual_seed(seed)
+    low = torch.randn(K // 4 + 1, K, generator=g, dtype=torch.float64)
+    x = torch.randn(2 * K + 8, len(low), generator=g, dtype=torch.float64) @ low / len(low) ** 0.5
+    x += 0.3 * torch.randn(len(x), K, generator=g, dtype=torch.float64)
+    x *= torch.exp(0.5 * torch.randn(K, generator=g, dtype=torch.float64))
+    return x.t() @ x * (2 / len(x))
+
+
+def row_losses(w: Tensor, w_hat: Tensor, H: Tensor, damp: float) -> Tensor:
+    """(w - w_hat) H (w - w_hat)ᵀ of each row in float64, H damped."""
+    H = H.double() + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    E = w.double() - w_hat.double()
+    return (E @ H * E).sum(1)
+
+
 def random_int4_weight(
     N: int,
     K: int,

@@ -19,6 +19,7 @@
   void hessian_update(const HessianUpdateParams& p);          \
   bool hessian_factor(const HessianFactorParams& p);          \
   void obs_quantize(const ObsQuantizeParams& p);              \
+  void obs_prune(const ObsPruneParams& p);                    \
   }
 
 LLMKERN_DECLARE_KERNELS(portable)

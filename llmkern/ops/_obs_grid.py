@@ -6,14 +6,18 @@ that the caller gave in another order is met only here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmkern import _backends
 from llmkern.formats.int4 import BITS, QuantFormat
 from llmkern.formats.lut4 import CODEBOOKS, CodebookFormat, LutFormat
-from llmkern.ops._library import FLOATS, expect
+from llmkern.ops._library import DTYPE_CODES, FLOATS, expect, pointer
 from llmkern.reference.obs_quantize import group_grid
 
 Format = QuantFormat | CodebookFormat | LutFormat
@@ -220,3 +224,38 @@ def check_groups(op: str, g_idx: Tensor, group_size: int, dynamic: bool) -> None
         raise ValueError(
             f"{op}: g_idx: got columns out of order, expected k // group_size for dynamic scales"
         )
+
+
+def cpu_loops(
+    w: Tensor,
+    U: Tensor,
+    d: Tensor,
+    mask: Tensor | None,
+    g_idx: Tensor | None,
+    codebook: Tensor | None,
+    dynamic: bool,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    clip_search: bool,
+    scale_dtype: torch.dtype,
+    *outputs: Tensor,
+) -> Iterator[tuple[ModuleType, Any]]:
+    """The compiled module and its description of the loop over each matrix of a batch.
+
+    Without g_idx nothing is rounded: `outputs` are codes, scales, zeros, w_hat and loss all the same.
+    """
+    module, _ = _backends.compiled_module("_cpu")
+    assert module is not None
+    options = (bits, dynamic, symmetric, clip_search, DTYPE_CODES[scale_dtype])
+    strides = (0, 0)
+    if codebook is not None:
+        _, rows, groups, _ = codebook.shape
+        strides = (groups * 16 if rows > 1 else 0, 16 if groups > 1 else 0)
+    for e in range(len(w)):
+        grids = (None,) * 3 if g_idx is None else tuple(t[e] for t in outputs[:3])
+        tensors = (w[e], U[e], d[e], None if g_idx is None else g_idx[e], *grids)
+        kept = None if mask is None else mask[e]
+        book = None if codebook is None else codebook[e if len(codebook) > 1 else 0]
+        addresses = [pointer(t) for t in (*tensors, *(t[e] for t in outputs[3:]), kept, book)]
+        yield module, module.ObsLoop(*addresses, *w.shape[1:], group_size, *options, *strides)

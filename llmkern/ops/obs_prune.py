@@ -17,13 +17,14 @@ from llmkern._backends import Backend
 from llmkern.formats.int4 import QuantFormat
 from llmkern.ops import _obs_gpu
 from llmkern.ops._hessian_factor import HessianFactor
-from llmkern.ops._library import register
+from llmkern.ops._library import pointer, register
 from llmkern.ops._obs_grid import (
     Format,
     GridOptions,
     check_grid,
     check_groups,
     check_loop,
+    cpu_loops,
     grid_options,
 )
 from llmkern.ops._obs_problem import (
@@ -132,9 +133,35 @@ def _launch_triton(*args: Any) -> None:
     _obs_gpu.prune("triton", *args)
 
 
+def _refuse_cpu(w: Tensor, *args: object) -> str | None:
+    return _backends.refuse_cpu(w.device.type)
+
+
+def _launch_cpu(
+    w: Tensor,
+    U: Tensor,
+    d: Tensor,
+    mask: Tensor | None,
+    sparsity: float,
+    kept: int,
+    size: int,
+    per_row: bool,
+    g_idx: Tensor | None,
+    codebook: Tensor | None,
+    *rest: Any,
+) -> None:
+    options, out_mask, outputs = rest[:6], rest[6], rest[7:]
+    if mask is not None:
+        out_mask.copy_(mask)
+    loops = cpu_loops(w, U, d, mask, g_idx, codebook, *options, *outputs)
+    for e, (module, loop) in enumerate(loops):
+        module.obs_prune(loop, pointer(out_mask[e]), sparsity, kept, size, per_row)
+
+
 BACKENDS = (
     Backend("cuda", _refuse_cuda, _launch_cuda),
     Backend("triton", _refuse_triton, _launch_triton),
+    Backend("cpu", _refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 

@@ -17,13 +17,14 @@ from llmkern._backends import Backend
 from llmkern.formats.int4 import QuantFormat
 from llmkern.ops import _obs_gpu
 from llmkern.ops._hessian_factor import HessianFactor
-from llmkern.ops._library import DTYPE_CODES, pointer, register
+from llmkern.ops._library import register
 from llmkern.ops._obs_grid import (
     Format,
     GridOptions,
     check_grid,
     check_groups,
     check_loop,
+    cpu_loops,
     grid_options,
 )
 from llmkern.ops._obs_problem import (
@@ -104,13 +105,6 @@ def _launch_reference(
             out[e].copy_(value)
 
 
-def _refuse_policies(mask: Tensor | None, codebook: Tensor | None) -> str | None:
-    """Why a kernel without masks and books cannot serve these."""
-    if mask is not None:
-        return "its kernel takes no mask"
-    return None if codebook is None else "its kernel takes no codebook"
-
-
 def _refuse_cuda(w: Tensor, *args: object) -> str | None:
     return _backends.refuse_cuda(w.device)
 
@@ -127,39 +121,13 @@ def _launch_triton(*args: Any) -> None:
     _obs_gpu.quantize("triton", *args)
 
 
-def _refuse_cpu(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    *args: object,
-) -> str | None:
-    return _backends.refuse_cpu(w.device.type) or _refuse_policies(mask, codebook)
+def _refuse_cpu(w: Tensor, *args: object) -> str | None:
+    return _backends.refuse_cpu(w.device.type)
 
 
-def _launch_cpu(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    dynamic: bool,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
-    *outputs: Tensor,
-) -> None:
-    module, _ = _backends.compiled_module("_cpu")
-    assert module is not None
-    grid = (bits, dynamic, symmetric, clip_search, DTYPE_CODES[scale_dtype])
-    for e in range(len(w)):
-        addresses = [pointer(t[e]) for t in (w, U, d, g_idx, *outputs)]
-        module.obs_quantize(*addresses, *w.shape[1:], group_size, *grid)
+def _launch_cpu(*args: Any) -> None:
+    for module, loop in cpu_loops(*args):
+        module.obs_quantize(loop)
 
 
 BACKENDS = (

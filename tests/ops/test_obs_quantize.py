@@ -12,33 +12,26 @@ from torch import Tensor
 
 import llmkern
 from llmkern.formats.int4 import QuantFormat
+from llmkern.formats.lut4 import (
+    E2M1_CODEBOOK,
+    FP4_CODEBOOK,
+    NF4_CODEBOOK,
+    CodebookFormat,
+    LutFormat,
+    quantize_blockwise,
+)
 from llmkern.ops import obs_quantize
 from llmkern.ops._hessian_factor import factorize_hessian
 from llmkern.ops.obs_quantize import quantize_grid
 from llmkern.reference import obs_quantize as reference
+from llmkern.testing import random_hessian as hessian
+from llmkern.testing import row_losses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def hessian(K: int, seed: int = 0) -> Tensor:
-    """float64 2/n XᵀX of correlated inputs with spread channel scales."""
-    g = torch.Generator().manual_seed(seed)
-    low = torch.randn(K // 4 + 1, K, generator=g, dtype=torch.float64)
-    x = torch.randn(2 * K + 8, len(low), generator=g, dtype=torch.float64) @ low / len(low) ** 0.5
-    x += 0.3 * torch.randn(len(x), K, generator=g, dtype=torch.float64)
-    x *= torch.exp(0.5 * torch.randn(K, generator=g, dtype=torch.float64))
-    return x.t() @ x * (2 / len(x))
-
-
 def weight(N: int, K: int, seed: int = 1) -> Tensor:
     return torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.05
-
-
-def row_losses(w: Tensor, w_hat: Tensor, H: Tensor, damp: float) -> Tensor:
-    """(w - w_hat) H (w - w_hat)ᵀ of each row in float64, H damped."""
-    H = H.double() + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
-    E = w.double() - w_hat.double()
-    return (E @ H * E).sum(1)
 
 
 def round_to_nearest(w: Tensor, fmt: QuantFormat, scale_dtype: torch.dtype) -> tuple:
@@ -375,6 +368,116 @@ def test_a_hessian_that_cannot_be_factored_gives_round_to_nearest_and_a_flag(bac
     assert torch.equal(result.w_hat, w_hat)
 
 
+def magnitude_mask(w: Tensor) -> Tensor:
+    return w.abs() > w.abs().flatten().median()
+
+
+@pytest.mark.parametrize("group_scales", ["dynamic", "static"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_pruned_weights_stay_zero_and_their_errors_are_made_up_for(
+    backend, group_scales, symmetric
+):
+    H, w, fmt = hessian(256), weight(40, 256), QuantFormat(4, 32, symmetric)
+    mask = magnitude_mask(w)
+    result = obs_quantize(w, H.float(), fmt, mask=mask, group_scales=group_scales)
+    assert not bool(result.w_hat[~mask].any())
+    zeros = 8 if symmetric else result.zeros.repeat_interleave(32, 1)
+    assert bool((result.codes == zeros)[~mask].all())
+    _, rtn = round_to_nearest(w * mask, fmt, torch.float32)
+    ours = row_losses(w, result.w_hat, H, result.damp)
+    torch.testing.assert_close(result.loss.double(), ours, rtol=1e-4, atol=1e-9)
+    assert float(ours.sum()) < 0.8 * float(row_losses(w, rtn, H, result.damp).sum())
+
+
+def test_a_mask_of_ones_changes_nothing(backend):
+    H, w, fmt = hessian(96).float(), weight(9, 96), QuantFormat(4, 32, False)
+    masked = obs_quantize(w, H, fmt, mask=torch.ones_like(w, dtype=torch.bool))
+    plain = obs_quantize(w, H, fmt)
+    assert torch.equal(masked.codes, plain.codes)
+    assert float((masked.loss - plain.loss).abs().max()) < 1e-6 * float(plain.loss.max())
+
+
+def with_zero(*shape: int) -> Tensor:
+    book = torch.randn(*shape, 16, generator=torch.Generator().manual_seed(5))
+    book[..., 4] = 0
+    return book
+
+
+# N = 20, K = 160
+BOOKS = {
+    "nf4": CodebookFormat(NF4_CODEBOOK, 32),
+    "fp4_of_bitsandbytes": LutFormat("fp4", 32),
+    "e2m1": CodebookFormat(E2M1_CODEBOOK, 16),
+    "book_per_row": CodebookFormat(with_zero(20), 80),
+    "book_per_group": CodebookFormat(with_zero(20, 5), 32),
+    "values_per_row": CodebookFormat(0.05 * with_zero(20), None, scaled=False),
+    "one_scale_per_row": CodebookFormat(NF4_CODEBOOK, None),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fmt", BOOKS.values(), ids=BOOKS.keys())
+def test_books(backend, fmt, masked):
+    H, w = hessian(160), weight(20, 160)
+    factor = factorize_hessian(H.float())
+    options = {"mask": magnitude_mask(w)} if masked else {"clip_search": True}
+    result = obs_quantize(w, factor, fmt, **options)
+    with llmkern.use_backend("reference"):
+        spec = obs_quantize(w, factor, fmt, **options)
+    assert float((result.codes == spec.codes).float().mean()) > 0.97
+    torch.testing.assert_close(result.loss.sum(), spec.loss.sum(), rtol=0.01, atol=0)
+    book = FP4_CODEBOOK if isinstance(fmt, LutFormat) else fmt.codebook
+    groups = result.scales.shape[1]
+    rows = book.view(-1, 1, 16) if book.dim() < 3 else book
+    values = rows.expand(20, groups, 16).gather(2, result.codes.view(20, groups, -1).long())
+    assert torch.equal(result.w_hat, (result.scales[..., None] * values).view(20, 160))
+    assert result.zeros is None
+    losses = row_losses(w, result.w_hat, H, result.damp)
+    torch.testing.assert_close(result.loss.double(), losses, rtol=1e-4, atol=1e-9)
+    if masked:
+        assert not bool(result.w_hat[~options["mask"]].any())
+
+
+def test_books_do_better_than_rounding_to_them(backend):
+    H, w = hessian(128), weight(30, 128)
+    codes, absmax = quantize_blockwise(w, NF4_CODEBOOK, 64)
+    rtn = NF4_CODEBOOK[codes.long()] * absmax.view(30, 2).repeat_interleave(64, 1)
+    result = obs_quantize(w, H.float(), LutFormat("nf4", 64))
+    ours, nearest = (float(row_losses(w, q, H, 0.01).sum()) for q in (result.w_hat, rtn))
+    assert ours < 0.8 * nearest
+
+
+def test_books_with_an_identity_hessian_are_rounding_to_nearest(backend):
+    w = weight(12, 128)
+    codes, absmax = quantize_blockwise(w, NF4_CODEBOOK, 64)
+    result = obs_quantize(w, torch.eye(128), LutFormat("nf4", 64))
+    assert torch.equal(result.scales, absmax.view(12, 2))
+    assert float((result.codes == codes).float().mean()) > 0.999
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_batch_is_its_matrices(backend, act_order):
+    H = torch.stack([hessian(96, seed) for seed in range(3)]).float()
+    w = torch.stack([weight(10, 96, seed) for seed in range(3)])
+    H[1] = 5.0 - 4 * torch.eye(96)  # indefinite
+    options = {"act_order": act_order, "group_scales": "static" if act_order else "dynamic"}
+    book = CodebookFormat(with_zero(3, 10), 32)
+    for fmt, alone in ((QuantFormat(4, 32, False), None), (book, book.codebook)):
+        mask = magnitude_mask(w)
+        batch = obs_quantize(w, H, fmt, mask=mask, **options)
+        assert not batch.factored
+        assert batch.unfactored == (1,)
+        for e in range(3):
+            one = fmt if alone is None else CodebookFormat(alone[e], 32)
+            single = obs_quantize(w[e], H[e], one, mask=mask[e], **options)
+            assert torch.equal(batch.w_hat[e], single.w_hat)
+            assert torch.equal(batch.codes[e], single.codes)
+            assert torch.equal(batch.scales[e], single.scales)
+    factors = [factorize_hessian(h, act_order=act_order) for h in H]
+    listed = obs_quantize(w, factors, book, mask=mask, **options)
+    assert torch.equal(listed.codes, batch.codes)
+
+
 def raw_arguments(N: int = 6, K: int = 40, **changes) -> tuple:
     """Arguments of the torch op, one of them changed."""
     factor = factorize_hessian(hessian(K).float())
@@ -400,7 +503,13 @@ def raw_arguments(N: int = 6, K: int = 40, **changes) -> tuple:
 STATIC = {"scales": torch.full((1, 6, 2), 0.01), "zeros": torch.full((1, 6, 2), 8.0)}
 
 
-@pytest.mark.parametrize("changes", [{}, STATIC], ids=["dynamic", "static"])
+BOOK = {
+    "codebook": NF4_CODEBOOK.view(1, 1, 1, 16),
+    "mask": (torch.arange(240) % 3 > 0).view(1, 6, 40),
+}
+
+
+@pytest.mark.parametrize("changes", [{}, STATIC, BOOK], ids=["dynamic", "static", "book_and_mask"])
 def test_opcheck(backend, changes):
     torch.library.opcheck(torch.ops.llmkern.obs_quantize.default, raw_arguments(**changes))
 
@@ -458,6 +567,27 @@ BAD = {
     "h_nan": (weight(2, 64), EYE * float("nan"), {}, "H: got NaN or Inf"),
     "group_scales": (weight(2, 64), EYE, {"group_scales": "exact"}, "group_scales: got 'exact'"),
     "act_order": (weight(2, 64), EYE, {"act_order": True}, "got 'dynamic' with act-order"),
+    "book_shape": (
+        weight(2, 64),
+        EYE,
+        {"fmt": CodebookFormat(torch.ones(3, 16), 32)},
+        r"codebook: got float32 \[3, 16\] .*\[16\] or \[2, 16\] or \[2, 2, 16\]",
+    ),
+    "book_without_zero": (
+        weight(2, 64),
+        EYE,
+        {
+            "fmt": CodebookFormat(torch.arange(1.0, 17), 32),
+            "mask": torch.ones(2, 64, dtype=torch.bool),
+        },
+        "codebook: got a book without 0",
+    ),
+    "blocks_across_rows": (
+        weight(2, 64),
+        EYE,
+        {"fmt": LutFormat("nf4", 128)},
+        "block_size: got 128",
+    ),
     "damp": (weight(2, 64), EYE, {"damp": 2.0}, "damp: got 2.0"),
     "group_size": (weight(2, 64), EYE, {"fmt": QuantFormat(4, 48)}, "group_size: got 48"),
 }
