@@ -71,14 +71,16 @@ def random_hessian(K: int, seed: int = 0) -> Tensor:
     x = torch.randn(2 * K + 8, len(low), generator=g, dtype=torch.float64) @ low / len(low) ** 0.5
     x += 0.3 * torch.randn(len(x), K, generator=g, dtype=torch.float64)
     x *= torch.exp(0.5 * torch.randn(K, generator=g, dtype=torch.float64))
-    return x.t() @ x * (2 / len(x))
+    H: Tensor = x.t() @ x * (2 / len(x))
+    return H
 
 
 def row_losses(w: Tensor, w_hat: Tensor, H: Tensor, damp: float) -> Tensor:
     """(w - w_hat) H (w - w_hat)ᵀ of each row in float64, H damped."""
     H = H.double() + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     E = w.double() - w_hat.double()
-    return (E @ H * E).sum(1)
+    losses: Tensor = (E @ H * E).sum(1)
+    return losses
 
 
 def random_int4_weight(
