@@ -57,6 +57,7 @@ class Contender:
         unavailable: why it cannot run here, or None.
         copies: length of its ring.
         note: how its job differs from the others', shown below the table.
+        finding: what `mismatch` found out that is worth a note, called after it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Contender:
     unavailable: str | None = None
     copies: int = 1
     note: str | None = None
+    finding: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,8 @@ def measure(case: Case, peaks: Peaks, options: Options, baseline: str) -> list[T
         timing = Timing(case.label, contender.name, contender.ours, note=contender.note)
         timing.floor, timing.tokens = floor, case.tokens
         timing.problem = contender.unavailable or _check(contender)
+        if contender.finding is not None and timing.problem is None:
+            timing.note = "; ".join(filter(None, (timing.note, contender.finding())))
         timings.append(timing)
         if timing.problem is None:
             live.append((contender, timing))

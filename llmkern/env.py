@@ -101,6 +101,7 @@ def _example(op: str, device: str) -> Callable[[], object]:
         "lut4_gemm": lambda: ops.lut4_gemm(
             x, qweight, torch.linspace(-1, 1, 16, device=device), scales, group_size=group_size
         ),
+        "obs_prune": lambda: ops.obs_prune(x, hessian(), pattern=(2, 4)),
         "obs_quantize": lambda: ops.obs_quantize(x, hessian(), QuantFormat(4, group_size)),
         "sparse24_gemm": lambda: ops.sparse24_gemm(
             x, qweight.view(torch.float32).repeat(1, 4), meta

@@ -21,6 +21,7 @@ OPS = (
     "dequantize_int4",
     "hessian_update",
     "lut4_gemm",
+    "obs_prune",
     "obs_quantize",
     "sparse24_gemm",
     "sparse24_w4a16_gemm",

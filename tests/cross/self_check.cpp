@@ -407,6 +407,49 @@ void check_factor_and_obs(int64_t N, int64_t K, int64_t group_size, bool dynamic
   report(title + "loss", off_loss, 1e-4);
 }
 
+// A mask chosen by columns of four, or over all rows, what is kept rounded or not: the numbers that
+// must go do, are zero, and the loss is that of the errors.
+void check_prune(int64_t N, int64_t K, bool of_every, bool rounds) {
+  const std::vector<float> w = random_values(N * K);
+  std::vector<float> U = random_values(K * K), d(K, 1.5f), scales(N), zeros(N), w_hat(N * K),
+                     loss(N);
+  for (float& u : U) u *= 0.1f;
+  std::vector<int32_t> g_idx(K);
+  std::vector<uint8_t> codes(N * K), kept(N * K);
+  portable::obs_prune(
+      {{w.data(), U.data(), d.data(), g_idx.data(), rounds ? codes.data() : nullptr, scales.data(),
+        zeros.data(), w_hat.data(), loss.data(), N, K, K, 4,
+        /*dynamic=*/true, /*symmetric=*/false, /*clip_search=*/false, DType::kFloat32},
+       kept.data(),
+       0.5,
+       /*per_row=*/false,
+       of_every ? 2 : 0,
+       of_every ? 4 : 0});
+  double wrong = 0, off_loss = 0;
+  int64_t count = 0;
+  for (int64_t n = 0; n < N; n++) {
+    double want_loss = 0;
+    for (int64_t k = 0; k < K; k++) {
+      const int64_t at = n * K + k;
+      count += kept[at];
+      wrong += !kept[at] && w_hat[at] != 0;
+      if (of_every && k % 4 == 3)
+        wrong += kept[at - 3] + kept[at - 2] + kept[at - 1] + kept[at] != 2;
+      if (rounds && kept[at])
+        wrong += std::fabs(w_hat[at] - scales[n] * (codes[at] - zeros[n])) > 1e-5;
+      double updated = w[at];
+      for (int64_t j = 0; j < k; j++)
+        updated += (double(w[n * K + j]) - w_hat[n * K + j]) * U[j * K + k];
+      if (!rounds && kept[at]) wrong += std::fabs(updated - w_hat[at]) > 1e-4;
+      want_loss += (updated - w_hat[at]) * d[k] * (updated - w_hat[at]) * d[k];
+    }
+    off_loss = std::fmax(off_loss, std::fabs(loss[n] - want_loss) / want_loss);
+  }
+  const std::string title = std::string("obs_prune ") + (of_every ? "2:4 " : "half ");
+  report(title + "mask", wrong + std::fabs(double(count) - double(N * K / 2)), 0);
+  report(title + "loss", off_loss, 1e-4);
+}
+
 }  // namespace
 
 int main() {
@@ -424,6 +467,8 @@ int main() {
     for (int64_t K : {1, 33, 130}) check_hessian_update(70, K, dtype);
   }
   for (bool dynamic : {false, true}) check_factor_and_obs(5, 96, 32, dynamic);
+  for (bool of_every : {false, true})
+    for (bool rounds : {false, true}) check_prune(50, 96, of_every, rounds);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

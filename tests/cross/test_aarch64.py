@@ -48,5 +48,5 @@ def test_portable_kernels_compute_the_same_on_aarch64(tmp_path):
     printed = check_here(tmp_path, COMPILER, [EMULATOR])
     for kernel in ("w4a16_gemm", "dequantize_int4", "lut4_gemm", "dequantize_lut4"):
         assert f"ok   {kernel} bfloat16 cpu" in printed
-    for kernel in ("hessian_update", "hessian_factor", "obs_quantize"):
+    for kernel in ("hessian_update", "hessian_factor", "obs_quantize", "obs_prune"):
         assert f"ok   {kernel}" in printed
