@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import llmkern
 from llmkern import assets, ops
@@ -273,7 +274,7 @@ def test_sparse_weights_run_sparse_and_say_so(run: Run, tmp_path: Path, tokens: 
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             groups = module.weight.data.view(len(module.weight), -1, 4)
             groups.scatter_(2, groups.abs().topk(2, 2, largest=False).indices, 0)
-    llmkern.save(model, tmp_path / "sparse")
+    llmkern.save(model, tmp_path / "sparse", AutoTokenizer.from_pretrained(MODEL))
     results = {}
     for option in ("--dense", None):
         extra = () if option is None else (option,)
@@ -288,6 +289,6 @@ def test_sparse_weights_run_sparse_and_say_so(run: Run, tmp_path: Path, tokens: 
     code, out, err = run(
         "generate", tmp_path / "sparse", "--prompt", "def", "--max-new-tokens", "2"
     )
-    assert code == 0
+    assert code == 0, err
     assert "--dense turns this off" in err
     assert "sparse" not in out
