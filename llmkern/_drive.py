@@ -47,14 +47,15 @@ class DataOptions:
 
 
 def sort_options(
-    method: str, methods: Mapping[str, type], options: Mapping[str, Any]
-) -> tuple[Any, DataOptions]:
-    """Sort keyword options into the method's dataclass and the data's.
+    method: str, methods: Mapping[str, type], options: Mapping[str, Any], common: Any = DataOptions
+) -> tuple[Any, Any]:
+    """Sort keyword options into the method's dataclass and the one that all methods share.
 
     Args:
         method: a key of `methods`.
         methods: the dataclass of options of each method.
         options: by name, of either.
+        common: the dataclass of the options that all methods share.
 
     Raises:
         ValueError: an unknown method, an option that belongs to neither, a value that the method's
@@ -62,14 +63,14 @@ def sort_options(
     """
     if method not in methods:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(methods)}")
-    kinds: tuple[Any, ...] = (methods[method], DataOptions)
+    kinds: tuple[Any, ...] = (methods[method], common)
     known = [{f.name for f in dataclasses.fields(kind)} for kind in kinds]
     for name in options:
         if not any(name in names for names in known):
             expected = ", ".join(sorted(set().union(*known)))
             raise ValueError(f"{name}: not an option of method {method!r}, expected {expected}")
-    own, data = ({k: v for k, v in options.items() if k in names} for names in known)
-    return methods[method](**own), DataOptions(**data)
+    own, shared = ({k: v for k, v in options.items() if k in names} for names in known)
+    return methods[method](**own), common(**shared)
 
 
 def plan_layers(

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     },
     "evaluate": {"calibrate", "formats", "models", "nn"},
     "train": set(),
-    "distill": {"calibrate", "masks", "models", "nn", "ops", "reference", "train"},
+    "distill": {"_drive", "calibrate", "masks", "models", "nn", "ops", "reference", "train"},
     "testing": {"formats", "ops", "reference"},
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern._drive import sort_options
 from llmkern.calibrate import load_windows
 from llmkern.calibrate.data import Source
 from llmkern.distill._heads import Outputs, has_plain_head, run
@@ -88,7 +89,7 @@ def distill(
     Source: Hinton et al. 2015, arXiv 1503.02531; Gu et al. 2023, arXiv 2306.08543 (reverse KL); Agarwal
     et al. 2023, arXiv 2306.13649 (JSD).
     """
-    settings, training = _options(method, options)
+    settings, training = sort_options(method, METHODS, options, TrainOptions)
     if not is_dense(student):
         raise ValueError("student: got packed layers in it, expected dense weights to train")
     _check_tokens(student, teacher, tokenizer, teacher_tokenizer, settings)
@@ -174,20 +175,6 @@ def _to(outputs: Outputs, device: torch.device) -> Outputs:
         return None if value is None else value.to(device)
 
     return Outputs(*(move(value) for value in outputs))
-
-
-def _options(method: str, options: dict[str, Any]) -> tuple[SoftOptions, TrainOptions]:
-    """Sort `options` into the method's and the training's; refuse what belongs to neither."""
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
-    kinds: tuple[Any, ...] = (METHODS[method], TrainOptions)
-    known = [{f.name for f in dataclasses.fields(kind)} for kind in kinds]
-    for name in options:
-        if not any(name in names for names in known):
-            expected = ", ".join(sorted(set().union(*known)))
-            raise ValueError(f"{name}: not an option of method {method!r}, expected {expected}")
-    own, training = ({k: v for k, v in options.items() if k in names} for names in known)
-    return METHODS[method](**own), TrainOptions(**training)
 
 
 def _check_tokens(
