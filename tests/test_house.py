@@ -22,7 +22,7 @@ CPP_FILES = [
     path for suffix in ("h", "cpp", "cu", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}")
 ]
 
-# What each part of the package may import of ours; `hf`, `cli`, `demo` and `env` sit on top.
+# What each part of the package may import of ours; `cli`, `demo`, `hf` and `env` sit on top.
 MAY_IMPORT = {
     "_backends": set(),
     "_version": set(),
@@ -53,6 +53,24 @@ MAY_IMPORT = {
     "evaluate": {"calibrate", "formats", "models", "nn"},
     "train": set(),
     "distill": {"_drive", "calibrate", "masks", "models", "nn", "ops", "reference", "train"},
+    "pipeline": {
+        "_drive",
+        "_version",
+        "assets",
+        "calibrate",
+        "distill",
+        "env",
+        "evaluate",
+        "formats",
+        "hf",
+        "masks",
+        "models",
+        "nn",
+        "patch",
+        "prune",
+        "quantize",
+        "train",
+    },
     "testing": {"formats", "ops", "reference"},
 }
 
