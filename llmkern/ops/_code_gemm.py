@@ -1,6 +1,6 @@
-"""Products with a weight of 4-bit codes: what w4a16_gemm and lut4_gemm share.
+"""Products with a compressed weight: what w4a16_gemm, lut4_gemm and the 2:4 sparse ones share.
 
-Each of the two has a NamedTuple of its arguments, in the order of its schema, with `x` first and `bias`
+Each of them has a NamedTuple of its arguments, in the order of its schema, with `x` first and `bias`
 among them; its backends take that and the output.
 """
 
@@ -121,12 +121,12 @@ def launch_compiled(
         weight: addresses of the weight's tensors.
         call: the op's arguments.
         out: [M, N].
-        rest: what follows the sizes.
+        rest: what follows M, N, K and the stride of x.
     """
     compiled, _ = _backends.compiled_module(module)
     assert compiled is not None
     addresses = (pointer(call.x), *weight, pointer(call.bias), pointer(out))
-    sizes = (*out.shape, call.x.shape[1], call.x.stride(0), call.group_size)
+    sizes = (*out.shape, call.x.shape[1], call.x.stride(0))
     getattr(compiled, op)(*addresses, *sizes, *rest)
 
 
@@ -162,7 +162,7 @@ def launch_cuda(
             call = call._replace(x=call.x.clone(memory_format=torch.contiguous_format))
         if split > 1 and not bulk:
             workspace = out.new_empty((split, M, N), dtype=torch.float32)
-    rest = (*kinds, rows, split, stages, bulk, pointer(workspace))
+    rest = (call.group_size, *kinds, rows, split, stages, bulk, pointer(workspace))
     launch_compiled("_cuda", op, weight, call, out, (*rest, *_backends.cuda_queue(call.x.device)))
 
 

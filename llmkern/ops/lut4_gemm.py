@@ -60,7 +60,7 @@ def _kinds(call: Call) -> tuple[int, int, int, int]:
 
 def _launch_cpu(call: Call, out: Tensor) -> None:
     weight = (pointer(call.qweight), pointer(call.codebook), pointer(call.scales))
-    launch_compiled("_cpu", "lut4_gemm", weight, call, out, _kinds(call))
+    launch_compiled("_cpu", "lut4_gemm", weight, call, out, (call.group_size, *_kinds(call)))
 
 
 def _launch_reference(call: Call, out: Tensor) -> None:

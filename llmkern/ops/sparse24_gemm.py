@@ -6,24 +6,16 @@ the weight, which is 0.5625 of a dense 16-bit one; a large M by arithmetic, of w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops import _sparse24_cuda
+from llmkern.ops import _code_gemm, _sparse24_cuda
 from llmkern.ops._int4_weight import refuse_triton_weight
-from llmkern.ops._library import (
-    DTYPE_CODES,
-    FLOATS,
-    LAYOUT_CODES,
-    LIBRARY,
-    expect,
-    pointer,
-    register,
-)
+from llmkern.ops._library import DTYPE_CODES, FLOATS, LAYOUT_CODES, expect, pointer
 from llmkern.ops._sparse24_weight import (
     canonical_weight,
     check_weight,
@@ -36,58 +28,45 @@ from llmkern.reference.sparse24_gemm import sparse24_gemm as _reference
 SCHEMA = "sparse24_gemm(Tensor x, Tensor values, Tensor meta, Tensor? bias, str layout) -> Tensor"
 
 
-def _refuse_cpu(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Any, layout: str, *_: Any
-) -> str | None:
-    return _backends.refuse_cpu(x.device.type) or refuse_cuda_layout(layout)
+class _Call(NamedTuple):
+    x: Tensor
+    values: Tensor
+    meta: Tensor
+    bias: Tensor | None
+    layout: str
 
 
-def _launch_cpu(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
-) -> None:
-    kernels: Any = _backends.compiled_module("_cpu")[0]
-    kernels.sparse24_gemm(
-        x.data_ptr(),
-        values.data_ptr(),
-        meta.data_ptr(),
-        pointer(bias),
-        out.data_ptr(),
-        *out.shape,
-        x.shape[1],
-        x.stride(0),
-        DTYPE_CODES[x.dtype],
-        LAYOUT_CODES[layout],
-    )
+def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
+    return _code_gemm.refuse_cpu(call, out) or refuse_cuda_layout(call.layout)
 
 
-def _launch_reference(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
-) -> None:
-    out.copy_(_reference(x, *canonical_weight(values, meta, layout), bias))
+def _launch_cpu(call: _Call, out: Tensor) -> None:
+    weight = [pointer(call.values), pointer(call.meta)]
+    rest = (DTYPE_CODES[call.x.dtype], LAYOUT_CODES[call.layout])
+    _code_gemm.launch_compiled("_cpu", "sparse24_gemm", weight, call, out, rest)
 
 
-def _refuse_cuda(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
-) -> str | None:
-    return _sparse24_cuda.refuse(x, values, layout)
+def _launch_reference(call: _Call, out: Tensor) -> None:
+    weight = canonical_weight(call.values, call.meta, call.layout)
+    out.copy_(_reference(call.x, *weight, call.bias))
 
 
-def _launch_cuda(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
-) -> None:
-    _sparse24_cuda.launch_values(x, values, bias, out)
+def _refuse_cuda(call: _Call, out: Tensor) -> str | None:
+    return _sparse24_cuda.refuse(call.x, call.values, call.layout)
 
 
-def _refuse_triton(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str, out: Tensor
-) -> str | None:
-    return refuse_triton_weight(values, layout)
+def _launch_cuda(call: _Call, out: Tensor) -> None:
+    _sparse24_cuda.launch_values(call.x, call.values, call.bias, out)
 
 
-def _launch_triton(*args: Any) -> None:
+def _refuse_triton(call: _Call, out: Tensor) -> str | None:
+    return refuse_triton_weight(call.values, call.layout)
+
+
+def _launch_triton(call: _Call, out: Tensor) -> None:
     from llmkern.triton_kernels.sparse24_gemm import launch
 
-    launch(*args)
+    launch(*call, out)
 
 
 BACKENDS = (
@@ -98,63 +77,22 @@ BACKENDS = (
 )
 
 
-def _check(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str) -> None:
-    op = "sparse24_gemm"
-    check_weight(op, values, meta, layout)
-    N, K = weight_shape(values, meta, layout)
-    if x.dim() != 2 or x.shape[1] != K or x.dtype not in FLOATS:
-        expect(False, op, "x", x, f"float32, bfloat16 or float16 [M, {K}]")
-    if x.dtype != values.dtype:
-        expect(
-            False, op, "x", x, f"the dtype of values, {str(values.dtype).removeprefix('torch.')}"
-        )
-    if x.device != values.device:
-        expect(False, op, "x", x, f"the device of values, {values.device}")
-    if bias is None:
-        return
-    if bias.shape != (N,) or bias.dtype != x.dtype or bias.device != x.device:
-        wanted = f"{str(x.dtype).removeprefix('torch.')} [{N}] on {x.device}"
-        expect(False, op, "bias", bias, wanted)
+def _shape(call: _Call) -> tuple[int, int]:
+    op, x, values = "sparse24_gemm", call.x, call.values
+    check_weight(op, values, call.meta, call.layout)
+    shape = weight_shape(values, call.meta, call.layout)
+    if x.dtype in FLOATS and x.dtype != values.dtype:
+        wanted = f"the dtype of values, {str(values.dtype).removeprefix('torch.')}"
+        expect(False, op, "x", x, wanted)
+    _code_gemm.check_product(op, x, call.bias, shape, values.device)
+    return shape
 
 
-def _fake(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str) -> Tensor:
-    _check(x, values, meta, bias, layout)
-    return x.new_empty(x.shape[0], weight_shape(values, meta, layout)[0])
+def _dense(call: _Call, dtype: torch.dtype) -> Tensor:
+    return dequantize_sparse24(call.values, call.meta, dtype=dtype, layout=call.layout)
 
 
-def _run(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, layout: str) -> Tensor:
-    out = _fake(x, values, meta, bias, layout)
-    if out.numel() == 0:
-        return out
-    # Kernels read rows of x at any distance, but each row and the bias contiguously.
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        x = x.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    args = (x, values, meta, bias, layout)
-    _backends.choose("sparse24_gemm", BACKENDS, *args, out).launch(*args, out)
-    return out
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, meta, _, ctx.layout = inputs
-    ctx.save_for_backward(values, meta)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, meta = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ dequantize_sparse24(values, meta, dtype=grad.dtype, layout=ctx.layout)
-    if ctx.needs_input_grad[3]:
-        grad_bias = grad.sum(0)
-    return grad_x, None, None, grad_bias, None
-
-
-_op = register(SCHEMA, _run, _fake)
-torch.library.register_autograd(
-    "llmkern::sparse24_gemm", _backward, setup_context=_setup_context, lib=LIBRARY
-)
+_op = _code_gemm.register_product(SCHEMA, _Call, BACKENDS, _shape, _dense)
 
 
 def sparse24_gemm(
@@ -193,8 +131,4 @@ def sparse24_gemm(
         ValueError: an argument's dtype, shape, device or layout is not as above.
         NotImplementedError: a backend was forced that cannot serve the call.
     """
-    if x.dim() == 2:
-        y: Tensor = _op(x, values, meta, bias, layout)
-        return y
-    y = _op(x.reshape(-1, x.shape[-1]), values, meta, bias, layout)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return _code_gemm.multiply_rows(_op, x, values, meta, bias, layout)

@@ -5,24 +5,16 @@ The format of Sparse-Marlin (arXiv 2408.11743, section 5), with a mask that is n
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops import _sparse24_cuda
+from llmkern.ops import _code_gemm, _sparse24_cuda
 from llmkern.ops._int4_weight import refuse_triton_weight
-from llmkern.ops._library import (
-    DTYPE_CODES,
-    FLOATS,
-    LAYOUT_CODES,
-    LIBRARY,
-    expect,
-    pointer,
-    register,
-)
+from llmkern.ops._library import DTYPE_CODES, LAYOUT_CODES, pointer
 from llmkern.ops._sparse24_weight import (
     canonical_int4_weight,
     check_int4_weight,
@@ -38,102 +30,61 @@ SCHEMA = (
 )
 
 
-def _refuse_cpu(*args: Any) -> str | None:
-    x, *_, layout, _out = args
-    return _backends.refuse_cpu(x.device.type) or refuse_cuda_layout(layout)
+class _Call(NamedTuple):
+    x: Tensor
+    qvalues: Tensor
+    meta: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+    group_size: int
+    layout: str
+
+    def weight(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.qvalues, self.meta, self.scales, self.zeros
 
 
-def _launch_cpu(
-    x: Tensor,
-    qvalues: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    kernels: Any = _backends.compiled_module("_cpu")[0]
-    kernels.sparse24_w4a16_gemm(
-        x.data_ptr(),
-        qvalues.data_ptr(),
-        meta.data_ptr(),
-        scales.data_ptr(),
-        pointer(zeros),
-        pointer(bias),
-        out.data_ptr(),
-        *out.shape,
-        x.shape[1],
-        x.stride(0),
-        group_size,
-        DTYPE_CODES[x.dtype],
-        DTYPE_CODES[scales.dtype],
-        LAYOUT_CODES[layout],
+def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
+    return _code_gemm.refuse_cpu(call, out) or refuse_cuda_layout(call.layout)
+
+
+def _launch_cpu(call: _Call, out: Tensor) -> None:
+    _code_gemm.launch_compiled(
+        "_cpu",
+        "sparse24_w4a16_gemm",
+        [pointer(tensor) for tensor in call.weight()],
+        call,
+        out,
+        (
+            call.group_size,
+            DTYPE_CODES[call.x.dtype],
+            DTYPE_CODES[call.scales.dtype],
+            LAYOUT_CODES[call.layout],
+        ),
     )
 
 
-def _launch_reference(
-    x: Tensor,
-    qvalues: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    weight = canonical_int4_weight(qvalues, meta, scales, zeros, group_size, layout)
-    out.copy_(_reference(x, *weight, bias, group_size))
+def _launch_reference(call: _Call, out: Tensor) -> None:
+    weight = canonical_int4_weight(*call.weight(), call.group_size, call.layout)
+    out.copy_(_reference(call.x, *weight, call.bias, call.group_size))
 
 
-def _refuse_cuda(
-    x: Tensor,
-    qvalues: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> str | None:
-    return _sparse24_cuda.refuse(x, qvalues, layout)
+def _refuse_cuda(call: _Call, out: Tensor) -> str | None:
+    return _sparse24_cuda.refuse(call.x, call.qvalues, call.layout)
 
 
-def _launch_cuda(
-    x: Tensor,
-    qvalues: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    _sparse24_cuda.launch_codes(x, qvalues, scales, bias, group_size, out)
+def _launch_cuda(call: _Call, out: Tensor) -> None:
+    _sparse24_cuda.launch_codes(call.x, call.qvalues, call.scales, call.bias, call.group_size, out)
 
 
-def _refuse_triton(
-    x: Tensor,
-    qvalues: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> str | None:
-    return refuse_triton_weight(qvalues, layout)
+def _refuse_triton(call: _Call, out: Tensor) -> str | None:
+    return refuse_triton_weight(call.qvalues, call.layout)
 
 
-def _launch_triton(*args: Any) -> None:
+def _launch_triton(call: _Call, out: Tensor) -> None:
     from llmkern.triton_kernels.sparse24_w4a16_gemm import launch
 
-    launch(*args)
+    launch(*call, out)
 
 
 BACKENDS = (
@@ -144,87 +95,21 @@ BACKENDS = (
 )
 
 
-def _check(
-    x: Tensor,
-    qvalues: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-) -> None:
+def _shape(call: _Call) -> tuple[int, int]:
     op = "sparse24_w4a16_gemm"
-    check_int4_weight(op, qvalues, meta, scales, zeros, group_size, layout)
-    N, K = int4_weight_shape(scales, group_size, layout)
-    if x.dim() != 2 or x.shape[1] != K or x.dtype not in FLOATS:
-        expect(False, op, "x", x, f"float32, bfloat16 or float16 [M, {K}]")
-    if x.device != scales.device:
-        expect(False, op, "x", x, f"the device of scales, {scales.device}")
-    if bias is None:
-        return
-    if bias.shape != (N,) or bias.dtype != x.dtype or bias.device != x.device:
-        wanted = f"{str(x.dtype).removeprefix('torch.')} [{N}] on {x.device}"
-        expect(False, op, "bias", bias, wanted)
+    check_int4_weight(op, *call.weight(), call.group_size, call.layout)
+    shape = int4_weight_shape(call.scales, call.group_size, call.layout)
+    _code_gemm.check_product(op, call.x, call.bias, shape, call.scales.device)
+    return shape
 
 
-def _fake(
-    x: Tensor,
-    qvalues: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    _check(x, qvalues, meta, scales, zeros, bias, group_size, layout)
-    return x.new_empty(x.shape[0], int4_weight_shape(scales, group_size, layout)[0])
+def _dense(call: _Call, dtype: torch.dtype) -> Tensor:
+    return dequantize_sparse24(
+        *call.weight(), group_size=call.group_size, dtype=dtype, layout=call.layout
+    )
 
 
-def _run(
-    x: Tensor,
-    qvalues: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    out = _fake(x, qvalues, meta, scales, zeros, bias, group_size, layout)
-    if out.numel() == 0:
-        return out
-    # Kernels read rows of x at any distance, but each row and the bias contiguously.
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        x = x.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    args = (x, qvalues, meta, scales, zeros, bias, group_size, layout)
-    _backends.choose("sparse24_w4a16_gemm", BACKENDS, *args, out).launch(*args, out)
-    return out
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, qvalues, meta, scales, zeros, _, ctx.group_size, ctx.layout = inputs
-    ctx.save_for_backward(qvalues, meta, scales, zeros)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ dequantize_sparse24(
-            *ctx.saved_tensors, group_size=ctx.group_size, dtype=grad.dtype, layout=ctx.layout
-        )
-    if ctx.needs_input_grad[5]:
-        grad_bias = grad.sum(0)
-    return grad_x, None, None, None, None, grad_bias, None, None
-
-
-_op = register(SCHEMA, _run, _fake)
-torch.library.register_autograd(
-    "llmkern::sparse24_w4a16_gemm", _backward, setup_context=_setup_context, lib=LIBRARY
-)
+_op = _code_gemm.register_product(SCHEMA, _Call, BACKENDS, _shape, _dense)
 
 
 def sparse24_w4a16_gemm(
@@ -269,9 +154,4 @@ def sparse24_w4a16_gemm(
         ValueError: an argument's dtype, shape, device or layout is not as above.
         NotImplementedError: a backend was forced that cannot serve the call.
     """
-    if x.dim() == 2:
-        y: Tensor = _op(x, qvalues, meta, scales, zeros, bias, group_size, layout)
-        return y
-    rows = x.reshape(-1, x.shape[-1])
-    y = _op(rows, qvalues, meta, scales, zeros, bias, group_size, layout)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return _code_gemm.multiply_rows(_op, x, qvalues, meta, scales, zeros, bias, group_size, layout)

@@ -67,7 +67,7 @@ def _kinds(call: Call) -> tuple[int, int, int]:
 
 def _launch_cpu(call: Call, out: Tensor) -> None:
     weight = (pointer(call.qweight), pointer(call.scales), pointer(call.zeros))
-    rest = (*_kinds(call), call.activation == "int8")
+    rest = (call.group_size, *_kinds(call), call.activation == "int8")
     launch_compiled("_cpu", "w4a16_gemm", weight, call, out, rest)
 
 
