@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from llmkern.ops._obs_blocks import (
     Select,
     run_blocks,
 )
+from llmkern.ops._obs_grid import Outputs
 
 
 def cuda_block(block: Block) -> None:
@@ -88,63 +91,22 @@ def _kernels(backend: str) -> tuple[LaunchBlock, Select]:
     return triton_block, select
 
 
-def quantize(
-    backend: str,
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    dynamic: bool,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    w_hat: Tensor,
-    loss: Tensor,
+def run(
+    backend: str, call: Any, mask: Tensor | None, pruning: Pruning | None, out: Outputs
 ) -> None:
-    """obs_quantize on "cuda" or "triton"; arguments and outputs as its backends get them."""
-    grid = BlockGrid(g_idx, codebook, scales, zeros, bits, codes)
-    fit = Fit(group_size, symmetric, clip_search, scale_dtype) if dynamic else None
-    run_blocks(*_kernels(backend), w, U, d, mask, None, grid, fit, w_hat, loss)
+    """The loop of obs_quantize or obs_prune.
 
-
-def prune(
-    backend: str,
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    sparsity: float,
-    kept: int,
-    size: int,
-    per_row: bool,
-    g_idx: Tensor | None,
-    codebook: Tensor | None,
-    dynamic: bool,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
-    out_mask: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    w_hat: Tensor,
-    loss: Tensor,
-) -> None:
-    """obs_prune on "cuda" or "triton"; arguments and outputs as its backends get them."""
-    pruning = Pruning(sparsity, kept, size, per_row) if mask is None else None
-    # A group is fitted before its unstructured mask is chosen where it is the wider of the two.
-    out_mask.fill_(True) if mask is None else out_mask.copy_(mask)
+    Args:
+        backend: "cuda" or "triton".
+        call: the op's arguments.
+        mask: bool [E, N, K]; with `pruning`, it is chosen as the loop goes.
+        pruning: what is chosen.
+        out: what is filled.
+    """
     grid = fit = None
-    if g_idx is not None:
-        grid = BlockGrid(g_idx, codebook, scales, zeros, bits, codes)
-        fit = Fit(group_size, symmetric, clip_search, scale_dtype) if dynamic else None
-    run_blocks(*_kernels(backend), w, U, d, out_mask, pruning, grid, fit, w_hat, loss)
+    if call.g_idx is not None:
+        grid = BlockGrid(call.g_idx, call.codebook, out.scales, out.zeros, call.bits, out.codes)
+        if call.scales is None:
+            fit = Fit(call.group_size, call.symmetric, call.clip_search, call.scale_dtype)
+    weight = (call.w, call.U, call.d)
+    run_blocks(*_kernels(backend), *weight, mask, pruning, grid, fit, out.w_hat, out.loss)

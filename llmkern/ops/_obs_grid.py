@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,8 +128,22 @@ def _four_axes(op: str, book: Tensor, w: Tensor, groups: int) -> Tensor:
     return book if w.dim() == 3 else book[None]
 
 
-def check_loop(op: str, w: Tensor, U: Tensor, d: Tensor, mask: Tensor | None) -> None:
-    """Refuse what is not a weight [E, N, K] with its factor and mask."""
+class Outputs(NamedTuple):
+    """What the loops fill: uint8 [E, N, K], float32 [E, N, groups] twice, [E, N, K], [E, N].
+
+    Where nothing is rounded, codes, scales and zeros are empty.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    w_hat: Tensor
+    loss: Tensor
+
+
+def check_loop(op: str, call: Any) -> None:
+    """Refuse what is not a weight [E, N, K] with its factor and mask; `call` are the op's arguments."""
+    w: Tensor = call.w
     expect(
         w.dim() == 3 and w.dtype == torch.float32 and w.is_contiguous(),
         op,
@@ -139,33 +153,24 @@ def check_loop(op: str, w: Tensor, U: Tensor, d: Tensor, mask: Tensor | None) ->
     )
     E, N, K = w.shape
     wanted: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
-        ("U", U, (E, K, K), torch.float32),
-        ("d", d, (E, K), torch.float32),
-        ("mask", mask, (E, N, K), torch.bool),
+        ("U", call.U, (E, K, K), torch.float32),
+        ("d", call.d, (E, K), torch.float32),
+        ("mask", call.mask, (E, N, K), torch.bool),
     ]
     _expect_all(op, w, wanted)
 
 
-def check_grid(
-    op: str,
-    w: Tensor,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    scale_dtype: torch.dtype,
-) -> None:
-    """Refuse what is not a grid of the weight w [E, N, K]."""
+def check_grid(op: str, call: Any) -> None:
+    """Refuse what is not a grid of the weight w [E, N, K]; `call` are the op's arguments."""
+    w, codebook, group_size = call.w, call.codebook, call.group_size
     E, N, K = w.shape
     if group_size <= 0 or K % group_size:
         raise ValueError(f"{op}: group_size: got {group_size}, expected a divisor of K = {K}")
     groups = K // group_size
     wanted: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
-        ("g_idx", g_idx, (E, K), torch.int32),
-        ("scales", scales, (E, N, groups), torch.float32),
-        ("zeros", zeros, (E, N, groups), torch.float32),
+        ("g_idx", call.g_idx, (E, K), torch.int32),
+        ("scales", call.scales, (E, N, groups), torch.float32),
+        ("zeros", call.zeros, (E, N, groups), torch.float32),
     ]
     _expect_all(op, w, wanted)
     if codebook is not None:
@@ -184,12 +189,12 @@ def check_grid(
         expect(
             codebook.device == w.device, op, "codebook", codebook, f"the device of w, {w.device}"
         )
-    if (scales is None) != (zeros is None):
+    if (call.scales is None) != (call.zeros is None):
         raise ValueError(f"{op}: scales and zeros: got only one of them, expected both or neither")
-    if bits not in BITS:
-        raise ValueError(f"{op}: bits: got {bits}, expected one of {BITS}")
-    if scale_dtype not in FLOATS:
-        raise ValueError(f"{op}: scale_dtype: got {scale_dtype}, expected one of {FLOATS}")
+    if call.bits not in BITS:
+        raise ValueError(f"{op}: bits: got {call.bits}, expected one of {BITS}")
+    if call.scale_dtype not in FLOATS:
+        raise ValueError(f"{op}: scale_dtype: got {call.scale_dtype}, expected one of {FLOATS}")
 
 
 def _expect_all(
@@ -210,8 +215,9 @@ def _expect_all(
         expect(tensor.device == w.device, op, name, tensor, f"the device of w, {w.device}")
 
 
-def check_groups(op: str, g_idx: Tensor, group_size: int, dynamic: bool) -> None:
+def check_groups(op: str, call: Any) -> None:
     """What g_idx [E, K] holds; on the CPU only, because looking at a GPU tensor would stall its queue."""
+    g_idx, group_size = call.g_idx, call.group_size
     if g_idx.device.type != "cpu" or not g_idx.numel():
         return
     K = g_idx.shape[1]
@@ -220,42 +226,53 @@ def check_groups(op: str, g_idx: Tensor, group_size: int, dynamic: bool) -> None
     if low < 0 or high >= groups:
         raise ValueError(f"{op}: g_idx: got groups {low} to {high}, expected 0 to {groups - 1}")
     natural = torch.arange(K, dtype=torch.int32) // group_size
-    if dynamic and not torch.equal(g_idx, natural.expand_as(g_idx)):
+    if call.scales is None and not torch.equal(g_idx, natural.expand_as(g_idx)):
         raise ValueError(
             f"{op}: g_idx: got columns out of order, expected k // group_size for dynamic scales"
         )
 
 
-def cpu_loops(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor | None,
-    codebook: Tensor | None,
-    dynamic: bool,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
-    *outputs: Tensor,
-) -> Iterator[tuple[ModuleType, Any]]:
+def given_scales(call: Any, out: Outputs) -> None:
+    """Hand the loop the scales and zeros that it does not fit itself."""
+    if call.scales is not None:
+        out.scales.copy_(call.scales)
+        out.zeros.copy_(call.zeros)
+
+
+def refuse_cuda(call: Any, *_: object) -> str | None:
+    """Why the CUDA kernels cannot serve a call, or None."""
+    return _backends.refuse_cuda(call.w.device)
+
+
+def refuse_triton(call: Any, *_: object) -> str | None:
+    """Why the Triton kernels cannot serve a call, or None."""
+    return _backends.refuse_triton(call.w.device)
+
+
+def refuse_cpu(call: Any, *_: object) -> str | None:
+    """Why the compiled CPU kernels cannot serve a call, or None."""
+    return _backends.refuse_cpu(call.w.device.type)
+
+
+def cpu_loops(call: Any, out: Outputs) -> Iterator[tuple[ModuleType, Any]]:
     """The compiled module and its description of the loop over each matrix of a batch.
 
-    Without g_idx nothing is rounded: `outputs` are codes, scales, zeros, w_hat and loss all the same.
+    Without g_idx nothing is rounded.
     """
     module, _ = _backends.compiled_module("_cpu")
     assert module is not None
-    options = (bits, dynamic, symmetric, clip_search, DTYPE_CODES[scale_dtype])
+    w, codebook, g_idx, mask = call.w, call.codebook, call.g_idx, call.mask
+    dynamic = call.scales is None
+    scale_dtype = DTYPE_CODES[call.scale_dtype]
+    options = (call.bits, dynamic, call.symmetric, call.clip_search, scale_dtype)
     strides = (0, 0)
     if codebook is not None:
         _, rows, groups, _ = codebook.shape
         strides = (groups * 16 if rows > 1 else 0, 16 if groups > 1 else 0)
     for e in range(len(w)):
-        grids = (None,) * 3 if g_idx is None else tuple(t[e] for t in outputs[:3])
-        tensors = (w[e], U[e], d[e], None if g_idx is None else g_idx[e], *grids)
+        grids = (None,) * 3 if g_idx is None else tuple(t[e] for t in out[:3])
+        tensors = (w[e], call.U[e], call.d[e], None if g_idx is None else g_idx[e], *grids)
         kept = None if mask is None else mask[e]
         book = None if codebook is None else codebook[e if len(codebook) > 1 else 0]
-        addresses = [pointer(t) for t in (*tensors, *(t[e] for t in outputs[3:]), kept, book)]
-        yield module, module.ObsLoop(*addresses, *w.shape[1:], group_size, *options, *strides)
+        addresses = [pointer(t) for t in (*tensors, out.w_hat[e], out.loss[e], kept, book)]
+        yield module, module.ObsLoop(*addresses, *w.shape[1:], call.group_size, *options, *strides)

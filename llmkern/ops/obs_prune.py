@@ -18,14 +18,20 @@ from llmkern.formats.int4 import QuantFormat
 from llmkern.ops import _obs_gpu
 from llmkern.ops._hessian_factor import HessianFactor
 from llmkern.ops._library import pointer, register
+from llmkern.ops._obs_blocks import Pruning
 from llmkern.ops._obs_grid import (
     Format,
     GridOptions,
+    Outputs,
     check_grid,
     check_groups,
     check_loop,
     cpu_loops,
+    given_scales,
     grid_options,
+    refuse_cpu,
+    refuse_cuda,
+    refuse_triton,
 )
 from llmkern.ops._obs_problem import (
     Hessian,
@@ -79,89 +85,76 @@ class PruneResult:
     unfactored: tuple[int, ...] = ()
 
 
-def _launch_reference(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    sparsity: float,
-    kept: int,
-    size: int,
-    per_row: bool,
-    g_idx: Tensor | None,
-    codebook: Tensor | None,
-    dynamic: bool,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
-    out_mask: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    w_hat: Tensor,
-    loss: Tensor,
-) -> None:
-    options = (dynamic, bits, group_size, symmetric, clip_search, scale_dtype)
-    for e in range(len(w)):
+class _Call(NamedTuple):
+    w: Tensor
+    U: Tensor
+    d: Tensor
+    mask: Tensor | None
+    sparsity: float
+    kept: int
+    size: int
+    per_row: bool
+    g_idx: Tensor | None
+    codebook: Tensor | None
+    scales: Tensor | None
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+    symmetric: bool
+    clip_search: bool
+    scale_dtype: torch.dtype
+
+
+def _launch_reference(call: _Call, out_mask: Tensor, out: Outputs) -> None:
+    options = (call.bits, call.group_size, call.symmetric, call.clip_search, call.scale_dtype)
+    selection = (call.sparsity, call.kept, call.size, call.per_row)
+    rounds = call.g_idx is not None
+    for e, (w, U, d) in enumerate(zip(call.w, call.U, call.d, strict=True)):
         grid = None
-        if g_idx is not None:
-            book = None if codebook is None else codebook[e if len(codebook) > 1 else 0]
-            grid = Grid(g_idx[e], scales[e], zeros[e], book, *options)
-        given = None if mask is None else mask[e]
-        results = _reference(w[e], U[e], d[e], given, sparsity, kept, size, per_row, grid)
-        outputs = (out_mask, codes if grid is not None else None, w_hat, loss)
-        for out, value in zip(outputs, results, strict=True):
-            if out is not None:
-                out[e].copy_(value)
+        if call.g_idx is not None:
+            books = call.codebook
+            book = None if books is None else books[e if len(books) > 1 else 0]
+            dynamic = call.scales is None
+            grid = Grid(call.g_idx[e], out.scales[e], out.zeros[e], book, dynamic, *options)
+        given = None if call.mask is None else call.mask[e]
+        results = _reference(w, U, d, given, *selection, grid)
+        outputs = (out_mask, out.codes if rounds else None, out.w_hat, out.loss)
+        for tensor, value in zip(outputs, results, strict=True):
+            if tensor is not None:
+                tensor[e].copy_(value)
 
 
-def _refuse_cuda(w: Tensor, *args: object) -> str | None:
-    return _backends.refuse_cuda(w.device)
+def _launch_gpu(backend: str, call: _Call, out_mask: Tensor, out: Outputs) -> None:
+    pruning = None
+    if call.mask is None:
+        pruning = Pruning(call.sparsity, call.kept, call.size, call.per_row)
+        # A group is fitted before its unstructured mask is chosen where it is the wider of the two.
+        out_mask.fill_(True)
+    else:
+        out_mask.copy_(call.mask)
+    _obs_gpu.run(backend, call, out_mask, pruning, out)
 
 
-def _launch_cuda(*args: Any) -> None:
-    _obs_gpu.prune("cuda", *args)
+def _launch_cuda(call: _Call, out_mask: Tensor, out: Outputs) -> None:
+    _launch_gpu("cuda", call, out_mask, out)
 
 
-def _refuse_triton(w: Tensor, *args: object) -> str | None:
-    return _backends.refuse_triton(w.device)
+def _launch_triton(call: _Call, out_mask: Tensor, out: Outputs) -> None:
+    _launch_gpu("triton", call, out_mask, out)
 
 
-def _launch_triton(*args: Any) -> None:
-    _obs_gpu.prune("triton", *args)
-
-
-def _refuse_cpu(w: Tensor, *args: object) -> str | None:
-    return _backends.refuse_cpu(w.device.type)
-
-
-def _launch_cpu(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    sparsity: float,
-    kept: int,
-    size: int,
-    per_row: bool,
-    g_idx: Tensor | None,
-    codebook: Tensor | None,
-    *rest: Any,
-) -> None:
-    options, out_mask, outputs = rest[:6], rest[6], rest[7:]
-    if mask is not None:
-        out_mask.copy_(mask)
-    loops = cpu_loops(w, U, d, mask, g_idx, codebook, *options, *outputs)
-    for e, (module, loop) in enumerate(loops):
-        module.obs_prune(loop, pointer(out_mask[e]), sparsity, kept, size, per_row)
+def _launch_cpu(call: _Call, out_mask: Tensor, out: Outputs) -> None:
+    if call.mask is not None:
+        out_mask.copy_(call.mask)
+    selection = (call.sparsity, call.kept, call.size, call.per_row)
+    for e, (module, loop) in enumerate(cpu_loops(call, out)):
+        module.obs_prune(loop, pointer(out_mask[e]), *selection)
 
 
 BACKENDS = (
-    Backend("cuda", _refuse_cuda, _launch_cuda),
-    Backend("triton", _refuse_triton, _launch_triton),
-    Backend("cpu", _refuse_cpu, _launch_cpu),
+    Backend("cuda", refuse_cuda, _launch_cuda),
+    Backend("triton", refuse_triton, _launch_triton),
+    Backend("cpu", refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 
@@ -190,33 +183,16 @@ def _check_selection(
         )
 
 
-def _fake(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    sparsity: float,
-    kept: int,
-    size: int,
-    per_row: bool,
-    g_idx: Tensor | None,
-    codebook: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
-) -> _Six:
-    check_loop("obs_prune", w, U, d, mask)
+def _fake(*args: Any) -> _Six:
+    call = _Call(*args)
+    check_loop("obs_prune", call)
+    w, rounds = call.w, call.g_idx is not None
     E, N, K = w.shape
-    columns = groups = 0
-    if g_idx is not None:
-        check_grid("obs_prune", w, g_idx, codebook, scales, zeros, bits, group_size, scale_dtype)
-        columns, groups = K, K // group_size
-    dynamic_group = group_size if g_idx is not None and scales is None else None
-    _check_selection(K, mask, sparsity, kept, size, dynamic_group)
+    if rounds:
+        check_grid("obs_prune", call)
+    dynamic_group = call.group_size if rounds and call.scales is None else None
+    _check_selection(K, call.mask, call.sparsity, call.kept, call.size, dynamic_group)
+    columns, groups = (K, K // call.group_size) if rounds else (0, 0)
     return (
         w.new_empty(E, N, K, dtype=torch.bool),
         w.new_empty(E, N, columns, dtype=torch.uint8),
@@ -227,33 +203,16 @@ def _fake(
     )
 
 
-def _run(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    sparsity: float,
-    kept: int,
-    size: int,
-    per_row: bool,
-    g_idx: Tensor | None,
-    codebook: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    *options: Any,
-) -> _Six:
-    selection = (mask, sparsity, kept, size, per_row)
-    outputs = _fake(w, U, d, *selection, g_idx, codebook, scales, zeros, *options)
-    if scales is not None and zeros is not None and g_idx is not None:
-        outputs[2].copy_(scales)
-        outputs[3].copy_(zeros)
-    if g_idx is not None:
-        check_groups("obs_prune", g_idx, options[1], dynamic=scales is None)
-    if w.numel() == 0:
-        outputs[5].zero_()
+def _run(*args: Any) -> _Six:
+    outputs, call = _fake(*args), _Call(*args)
+    out_mask, out = outputs[0], Outputs(*outputs[1:])
+    if call.g_idx is not None:
+        given_scales(call, out)
+        check_groups("obs_prune", call)
+    if call.w.numel() == 0:
+        out.loss.zero_()
         return outputs
-    args = (w, U, d, *selection, g_idx, codebook, scales is None, *options)
-    _backends.choose("obs_prune", BACKENDS, *args, *outputs).launch(*args, *outputs)
+    _backends.choose("obs_prune", BACKENDS, call, out_mask, out).launch(call, out_mask, out)
     return outputs
 
 

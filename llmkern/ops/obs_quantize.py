@@ -7,7 +7,7 @@ GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the one-Cholesky form of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,16 @@ from llmkern.ops._library import register
 from llmkern.ops._obs_grid import (
     Format,
     GridOptions,
+    Outputs,
     check_grid,
     check_groups,
     check_loop,
     cpu_loops,
+    given_scales,
     grid_options,
+    refuse_cpu,
+    refuse_cuda,
+    refuse_triton,
 )
 from llmkern.ops._obs_problem import (
     Hessian,
@@ -42,8 +47,6 @@ SCHEMA = (
     "Tensor? scales, Tensor? zeros, int bits, int group_size, bool symmetric, bool clip_search, "
     "ScalarType scale_dtype) -> (Tensor codes, Tensor scales, Tensor zeros, Tensor w_hat, Tensor loss)"
 )
-
-_Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,118 +75,76 @@ class ObsResult:
     unfactored: tuple[int, ...] = ()
 
 
-def _launch_reference(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    dynamic: bool,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    w_hat: Tensor,
-    loss: Tensor,
-) -> None:
-    grid = (bits, group_size, symmetric, dynamic, clip_search, scale_dtype)
-    for e in range(len(w)):
-        keep = None if mask is None else mask[e]
-        book = None if codebook is None else codebook[e if len(codebook) > 1 else 0]
-        for out, value in zip(
-            (codes, w_hat, loss),
-            _reference.obs_quantize(
-                w[e], U[e], d[e], g_idx[e], scales[e], zeros[e], *grid, keep, book
-            ),
-            strict=True,
-        ):
-            out[e].copy_(value)
+class _Call(NamedTuple):
+    w: Tensor
+    U: Tensor
+    d: Tensor
+    mask: Tensor | None
+    g_idx: Tensor
+    codebook: Tensor | None
+    scales: Tensor | None
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+    symmetric: bool
+    clip_search: bool
+    scale_dtype: torch.dtype
 
 
-def _refuse_cuda(w: Tensor, *args: object) -> str | None:
-    return _backends.refuse_cuda(w.device)
+def _launch_reference(call: _Call, out: Outputs) -> None:
+    dynamic = call.scales is None
+    grid = (call.bits, call.group_size, call.symmetric, dynamic, call.clip_search, call.scale_dtype)
+    for e, (w, U, d, g_idx) in enumerate(zip(call.w, call.U, call.d, call.g_idx, strict=True)):
+        keep = None if call.mask is None else call.mask[e]
+        book = None if call.codebook is None else call.codebook[e if len(call.codebook) > 1 else 0]
+        results = _reference.obs_quantize(
+            w, U, d, g_idx, out.scales[e], out.zeros[e], *grid, keep, book
+        )
+        for tensor, value in zip((out.codes, out.w_hat, out.loss), results, strict=True):
+            tensor[e].copy_(value)
 
 
-def _launch_cuda(*args: Any) -> None:
-    _obs_gpu.quantize("cuda", *args)
+def _launch_cuda(call: _Call, out: Outputs) -> None:
+    _obs_gpu.run("cuda", call, call.mask, None, out)
 
 
-def _refuse_triton(w: Tensor, *args: object) -> str | None:
-    return _backends.refuse_triton(w.device)
+def _launch_triton(call: _Call, out: Outputs) -> None:
+    _obs_gpu.run("triton", call, call.mask, None, out)
 
 
-def _launch_triton(*args: Any) -> None:
-    _obs_gpu.quantize("triton", *args)
-
-
-def _refuse_cpu(w: Tensor, *args: object) -> str | None:
-    return _backends.refuse_cpu(w.device.type)
-
-
-def _launch_cpu(*args: Any) -> None:
-    for module, loop in cpu_loops(*args):
+def _launch_cpu(call: _Call, out: Outputs) -> None:
+    for module, loop in cpu_loops(call, out):
         module.obs_quantize(loop)
 
 
 BACKENDS = (
-    Backend("cuda", _refuse_cuda, _launch_cuda),
-    Backend("triton", _refuse_triton, _launch_triton),
-    Backend("cpu", _refuse_cpu, _launch_cpu),
+    Backend("cuda", refuse_cuda, _launch_cuda),
+    Backend("triton", refuse_triton, _launch_triton),
+    Backend("cpu", refuse_cpu, _launch_cpu),
     Backend("reference", _backends.never_refuse, _launch_reference),
 )
 
 
-def _fake(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    clip_search: bool,
-    scale_dtype: torch.dtype,
-) -> _Five:
-    check_loop("obs_quantize", w, U, d, mask)
-    check_grid("obs_quantize", w, g_idx, codebook, scales, zeros, bits, group_size, scale_dtype)
-    E, N, K = w.shape
-    grid = w.new_empty(E, N, K // group_size)
-    codes = w.new_empty(E, N, K, dtype=torch.uint8)
-    return codes, grid, torch.empty_like(grid), torch.empty_like(w), w.new_empty(E, N)
+def _fake(*args: Any) -> Outputs:
+    call = _Call(*args)
+    check_loop("obs_quantize", call)
+    check_grid("obs_quantize", call)
+    E, N, K = call.w.shape
+    grid = call.w.new_empty(E, N, K // call.group_size)
+    codes = call.w.new_empty(E, N, K, dtype=torch.uint8)
+    w_hat = torch.empty_like(call.w)
+    return Outputs(codes, grid, torch.empty_like(grid), w_hat, call.w.new_empty(E, N))
 
 
-def _run(
-    w: Tensor,
-    U: Tensor,
-    d: Tensor,
-    mask: Tensor | None,
-    g_idx: Tensor,
-    codebook: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    *options: Any,
-) -> _Five:
-    outputs = _fake(w, U, d, mask, g_idx, codebook, scales, zeros, *options)
-    _, out_scales, out_zeros, _, loss = outputs
-    if scales is not None and zeros is not None:
-        out_scales.copy_(scales)
-        out_zeros.copy_(zeros)
-    check_groups("obs_quantize", g_idx, options[1], dynamic=scales is None)
-    if w.numel() == 0:
-        loss.zero_()
-        return outputs
-    args = (w, U, d, mask, g_idx, codebook, scales is None, *options)
-    _backends.choose("obs_quantize", BACKENDS, *args, *outputs).launch(*args, *outputs)
-    return outputs
+def _run(*args: Any) -> Outputs:
+    out, call = _fake(*args), _Call(*args)
+    given_scales(call, out)
+    check_groups("obs_quantize", call)
+    if call.w.numel() == 0:
+        out.loss.zero_()
+        return out
+    _backends.choose("obs_quantize", BACKENDS, call, out).launch(call, out)
+    return out
 
 
 _op = register(SCHEMA, _run, _fake)
@@ -264,7 +225,7 @@ def obs_quantize(
         check_mask("obs_quantize", w, mask)
     scale_dtype = scale_dtype or w.dtype
     grid = grid_options("obs_quantize", fmt, w, clip_search, scale_dtype, mask is not None)
-    parts: list[_Five] = []
+    parts: list[Outputs] = []
     factors: list[HessianFactor] = []
     for problem in problems("obs_quantize", w, H, damp, act_order):
         keep = None if mask is None else mask.view(-1, *w.shape[-2:])[problem.experts]
@@ -288,7 +249,7 @@ def obs_quantize(
     )
 
 
-def _solve(problem: Problem, mask: Tensor | None, grid: GridOptions, group_scales: str) -> _Five:
+def _solve(problem: Problem, mask: Tensor | None, grid: GridOptions, group_scales: str) -> Outputs:
     """The op's outputs on one portion of the batch, codes and columns as the caller knows them."""
     scales, zeros = loop_scales("obs_quantize", problem, mask, grid, group_scales)
     codes, scales, zeros, w_hat, loss = _op(
@@ -303,7 +264,7 @@ def _solve(problem: Problem, mask: Tensor | None, grid: GridOptions, group_scale
         *grid.options(),
     )
     codes = grid.caller_codes(problem.original(codes), problem.experts)
-    return codes, scales, zeros, problem.original(w_hat), loss
+    return Outputs(codes, scales, zeros, problem.original(w_hat), loss)
 
 
 def loop_scales(
