@@ -124,32 +124,46 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None = None) -> Tensor:
-    """Sums over a batch's predictions: negative log-likelihood, KL, agreements; float64 [3]."""
-    logits = _logits(model, batch)
-    other = None if reference is None else _logits(reference, batch)
+    """Sums over a batch's predictions, see `score_logits`."""
+    logits = next_token_logits(model, batch)
+    other = None if reference is None else next_token_logits(reference, batch)
     if other is not None and other.shape != logits.shape:
         raise ValueError(
             f"reference: got a vocabulary of {other.shape[-1]}, expected the model's, {logits.shape[-1]}"
         )
+    return score_logits(logits, batch, other)
+
+
+def next_token_logits(model: nn.Module, batch: Tensor) -> Tensor:
+    """Logits [B * (T - 1), V] of every token of int64 [B, T] that has a successor in its window."""
+    logits: Tensor = model(input_ids=batch.to(_device(model)), use_cache=False).logits
+    return logits[:, :-1].flatten(0, 1)
+
+
+def score_logits(logits: Tensor, batch: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Sums over a batch's predictions: negative log-likelihood, KL, agreements; float64 [3].
+
+    Args:
+        logits: [B * (T - 1), V], as `next_token_logits` gives them.
+        batch: int64 [B, T], the tokens.
+        reference: logits of the same shape; without them, KL and agreements are 0.
+
+    Raises:
+        ValueError: NaN in them.
+    """
     targets = batch[:, 1:].flatten().to(logits.device)
     sums = torch.zeros(3, dtype=torch.float64)
     rows = max(1, _CHUNK // logits.shape[-1])
     for i in range(0, len(logits), rows):
         chunk = logits[i : i + rows].float().log_softmax(-1)
         sums[0] -= chunk.gather(1, targets[i : i + rows, None]).double().sum().cpu()
-        if other is not None:
-            want = other[i : i + rows].to(chunk.device).float().log_softmax(-1)
+        if reference is not None:
+            want = reference[i : i + rows].to(chunk.device).float().log_softmax(-1)
             sums[1] += (want.exp() * (want - chunk)).sum(-1).double().sum().cpu()
             sums[2] += (want.argmax(-1) == chunk.argmax(-1)).sum().cpu()
     if bool(sums.isnan().any()):
         raise ValueError("model: its logits (or the reference's) hold NaN, expected numbers")
     return sums
-
-
-def _logits(model: nn.Module, batch: Tensor) -> Tensor:
-    """Logits [B * (T - 1), V] of every token that has a successor in its window."""
-    logits: Tensor = model(input_ids=batch.to(_device(model)), use_cache=False).logits
-    return logits[:, :-1].flatten(0, 1)
 
 
 def weight_bytes(model: nn.Module) -> int:

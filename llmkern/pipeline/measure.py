@@ -1,0 +1,115 @@
+"""What a stage bought: size, quality, speed and continuations of a model; and which block cost what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.evaluate import evaluate, next_token_logits, score_logits
+from llmkern.models import evaluation_mode, find_blocks, text_config
+from llmkern.nn import PackedLinear
+
+NEW_TOKENS = 64
+
+
+def measure(
+    model: nn.Module,
+    windows: Tensor,
+    reference: nn.Module | None = None,
+    *,
+    tokenizer: Any = None,
+    prompts: Sequence[str] = (),
+    speed: bool = True,
+    batch_size: int = 4,
+) -> dict[str, Any]:
+    """The measured fields of a `StageRecord`.
+
+    Args:
+        model: a causal language model, compressed or not.
+        windows: int64 [n, seq_len], tokens to evaluate on.
+        reference: the original, for the KL divergence and top-1 agreement.
+        tokenizer: needed where there are prompts.
+        prompts: texts to continue greedily, by at most `NEW_TOKENS` tokens each.
+        speed: measure prefill and decoding too.
+        batch_size: windows per forward.
+
+    Returns:
+        {"parameters": int, "evaluation": dict, "generations": list of str}.
+
+    Raises:
+        ValueError: prompts without a tokenizer, or what `llmkern.evaluate` refuses.
+    """
+    if prompts and tokenizer is None:
+        raise ValueError("tokenizer: got None, expected a tokenizer, because there are prompts")
+    result = evaluate(model, windows, reference=reference, batch_size=batch_size, speed=speed)
+    return {
+        "parameters": count_parameters(model),
+        "evaluation": result.to_dict(),
+        "generations": [continuation(model, tokenizer, prompt) for prompt in prompts],
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of a model, tied ones once; a packed layer counts as the N * K weights it stands for."""
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return sum(parameters.values()) + sum(p.out_features * p.in_features for p in packed)
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS) -> str:
+    """What the model likes best after `prompt`, token by token; the prompt is not repeated."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    device = next(model.parameters()).device
+    end = tokenizer.eos_token_id
+    with torch.no_grad(), evaluation_mode(model):
+        output = model.generate(
+            input_ids=inputs.input_ids.to(device),
+            attention_mask=inputs.attention_mask.to(device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+    added = output[0, inputs.input_ids.shape[1] :]
+    return str(tokenizer.decode(added, skip_special_tokens=True))
+
+
+def sensitivity(
+    before: nn.Module, after: nn.Module, windows: Tensor, *, batch_size: int = 4
+) -> dict[str, float]:
+    """What each decoder block's change costs alone.
+
+    Args:
+        before: the model before a stage; its blocks are swapped one at a time, and put back.
+        after: what the stage made of it; read only. Its blocks may be narrower inside, or packed.
+        windows: int64 [n, seq_len], tokens to measure on.
+        batch_size: windows per forward.
+
+    Returns:
+        Full name of each block -> mean KL(before || before with that block of `after`), in nats per
+        token; empty where blocks do not correspond: another number of them or another hidden size.
+
+    Raises:
+        ValueError: logits that hold NaN.
+    """
+    blocks, changed = find_blocks(before), find_blocks(after)
+    sizes = [getattr(text_config(model), "hidden_size", None) for model in (before, after)]
+    if len(blocks) != len(changed) or sizes[0] != sizes[1]:
+        return {}
+    costs = dict.fromkeys((name for name, _ in blocks.items()), 0.0)
+    predicted = len(windows) * (windows.shape[1] - 1)
+    own = list(blocks.modules)
+    with torch.no_grad(), evaluation_mode(before), evaluation_mode(after):
+        for batch in torch.split(windows, batch_size):
+            want = next_token_logits(before, batch)
+            for index, name in enumerate(costs):
+                blocks.modules[index] = changed.modules[index]
+                try:
+                    got = next_token_logits(before, batch)
+                finally:
+                    blocks.modules[index] = own[index]
+                costs[name] += float(score_logits(got, batch, want)[1]) / predicted
+    return costs
