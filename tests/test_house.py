@@ -172,3 +172,9 @@ def test_kernel_folder_does_not_pass_for_openais_package() -> None:
     )
     assert result.returncode != 0
     assert "ModuleNotFoundError" in result.stderr
+
+
+def test_tables_of_the_documents_are_those_of_the_results() -> None:
+    script = ROOT / "scripts" / "update_tables.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,11 +1,12 @@
-"""Rewrite the README's tables of numbers from bench/results/, so that none is typed by hand.
+"""Rewrite the documents' tables of numbers from bench/results/, so that none is typed by hand.
 
-python scripts/update_readme.py            rewrites README.md
-python scripts/update_readme.py --check    fails if README.md is not what the results say
+python scripts/update_tables.py            rewrites README.md and docs/benchmarks.md
+python scripts/update_tables.py --check    fails if they are not what the results say
 
 A table stands between `<!-- results: FILE BENCH -->` and `<!-- end -->`; BENCH:grid has a column per
-number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x N) only.
-"quality:SUITE" is a suite of bench/quality.py.
+number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x N) only, and
+BENCH:short is that without the other contenders. "quality:SUITE" is a suite of bench/quality.py,
+"quality:SUITE:TEXT" its variants whose name holds the text.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "docs/benchmarks.md")
 BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -53,10 +55,11 @@ def bench_table(record: dict[str, Any]) -> str:
     return f"{_render(table)}\n{_runs(record)}"
 
 
-def grid_table(record: dict[str, Any], shape: str = "") -> str:
+def grid_table(record: dict[str, Any], shape: str = "", short: bool = False) -> str:
     """One bench's record with a column per number of rows M; the fastest of a column is bold.
 
-    Below each shape: how the first of ours compares with the baseline, the best other, the floor.
+    Below each shape: how the first of ours compares with the baseline, the best other, the floor. With
+    `short`, of the contenders only this first one.
     """
     unit, factor = ("µs", 1e6) if record["runs"][0]["gpu"] else ("ms", 1e3)
     rows = record["results"]
@@ -75,6 +78,8 @@ def grid_table(record: dict[str, Any], shape: str = "") -> str:
         label = place
         for name, by in cells.items():
             ours = next(iter(by.values()))["ours"]
+            if short and label != place:
+                break
             shown = [_cell(by.get(c), best[c], factor) for c in columns]
             table.add_row(label, f"**{name}**" if ours else name, *shown)
             label = ""
@@ -88,7 +93,8 @@ def grid_table(record: dict[str, Any], shape: str = "") -> str:
             )
         floors = (f"{100 * ours[c]['floor'] / ours[c]['median']:.0f}" for c in columns if c in ours)
         table.add_row("", f"{name}, % of floor", *floors)
-    return f"{_render(table)}\n{_remarks(rows)}{_runs(record)}"
+    remarks = "" if short else _remarks(rows)
+    return f"{_render(table)}\n{remarks}{_runs(record)}"
 
 
 def _remarks(rows: list[dict[str, Any]]) -> str:
@@ -149,12 +155,12 @@ def demo_table(report: dict[str, Any]) -> str:
     return f"{_render(table)}\n`make demo`: {report['protocol']}; {report['hardware']['cpu']}.\n"
 
 
-def quality_table(record: dict[str, Any]) -> str:
+def quality_table(record: dict[str, Any], text: str = "") -> str:
     """One suite of bench/quality.py as a Markdown table; the protocol and the command below it."""
     titles = ("variant", "KL (nats)", "perplexity", "top-1 agreement", "parameters", "zeros")
     table = Table(*titles, box=box.MARKDOWN)
     table.add_row("original", "–", f"{record['perplexity']:.3f}", "–", "", "")
-    for row in record["rows"]:
+    for row in (row for row in record["rows"] if text in row["variant"]):
         mean = {key: fmean(run[key] for run in row["runs"]) for key in row["runs"][0]}
         table.add_row(
             row["variant"],
@@ -186,22 +192,25 @@ def _block(match: re.Match[str]) -> str:
     if name == "demo":
         body = demo_table(record)
     elif name == "quality":
-        body = quality_table(record[form])
+        body = quality_table(record[form], shape.replace("_", " "))
+    elif form in ("grid", "short"):
+        body = grid_table(record[name], shape, form == "short")
     else:
-        body = grid_table(record[name], shape) if form == "grid" else bench_table(record[name])
+        body = bench_table(record[name])
     return f"{start}{body}{end}"
 
 
 def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> None:
-    """Rewrite (or check) the tables of README.md."""
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = BLOCK.sub(_block, old)
-    if check and new != old:
-        raise SystemExit(
-            "README.md: its tables are not those of bench/results/; run update_readme.py"
-        )
-    readme.write_text(new, encoding="utf-8")
+    """Rewrite (or check) the tables of the documents."""
+    for name in DOCUMENTS:
+        document = ROOT / name
+        old = document.read_text(encoding="utf-8")
+        new = BLOCK.sub(_block, old)
+        if check and new != old:
+            raise SystemExit(
+                f"{name}: its tables are not those of bench/results/; run update_tables.py"
+            )
+        document.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
