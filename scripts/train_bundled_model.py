@@ -14,17 +14,15 @@ stopped and resumed with another `--steps` and still finish with a proper decay.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -45,65 +43,28 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llmkern.assets.corpus import documents, is_held_out, stable_hash
+
 ASSETS = Path(__file__).resolve().parents[1] / "llmkern" / "assets" / "stdlib-llama"
 VOCAB_SIZE = 2048
 CONTEXT = 512
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-HELD_OUT_PERCENT = 4
 CALIBRATION_BYTES = 300_000
 EVALUATION_BYTES = 200_000
 EXCERPT_BYTES = 12_000  # Keeps one long module from filling a shipped text on its own.
-
-# Tests are repetitive, and tables of characters or numbers would only waste a small model.
-SKIPPED_PARTS = {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"}
-SKIPPED_FILES = re.compile(
-    r"stringprep\.py|html/entities\.py|re/_casefix\.py|_sysconfigdata.*\.py|pydoc_data/topics\.py"
-)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 WorkDir = Annotated[Path, typer.Option(help="Where the tokens and checkpoints are kept.")]
 
 
-def corpus() -> Iterator[tuple[str, str]]:
-    """Yields the name and text of every document, in a stable order and without duplicates."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    documents = {}
-    for path in stdlib.rglob("*.py"):
-        name = path.relative_to(stdlib).as_posix()
-        if SKIPPED_PARTS.isdisjoint(name.split("/")) and not SKIPPED_FILES.fullmatch(name):
-            documents[name] = path.read_text(encoding="utf-8", errors="ignore")
-
-    from pydoc_data.topics import topics
-
-    for topic, text in topics.items():
-        documents[f"pydoc_data/topics/{topic}.txt"] = text
-
-    seen = set()
-    for name, text in sorted(documents.items()):
-        text = text.strip() + "\n"
-        if len(text) > 1 and text not in seen:
-            seen.add(text)
-            yield name, text
-
-
-def stable_hash(name: str) -> int:
-    """Hashes a document name to the same number on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def is_held_out(name: str) -> bool:
-    """Decides by name alone, so that adding a document never moves another across the split."""
-    return stable_hash(name) % 100 < HELD_OUT_PERCENT
-
-
-def excerpt(documents: dict[str, str], size: int) -> str:
+def excerpt(texts: dict[str, str], size: int) -> str:
     """Joins the beginnings of documents, cut between lines, into about `size` bytes of text."""
     parts: list[str] = []
-    for name in sorted(documents, key=stable_hash):
+    for name in sorted(texts, key=stable_hash):
         remaining = size - sum(len(part.encode()) for part in parts)
         if remaining < 200:
             break
-        text = documents[name]
+        text = texts[name]
         limit = min(EXCERPT_BYTES, remaining)
         if len(text) > limit:
             # A blank line is where code and prose both pause.
@@ -139,7 +100,7 @@ def prepare(work_dir: WorkDir) -> None:
     """Builds the corpus, the tokenizer and the shipped texts."""
     train_documents: dict[str, str] = {}
     held_out: dict[str, str] = {}
-    for name, text in corpus():
+    for name, text in documents():
         (held_out if is_held_out(name) else train_documents)[name] = text
 
     work_dir.mkdir(parents=True, exist_ok=True)

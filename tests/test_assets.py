@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmkern.assets import bundled_model_dir, calibration_text, evaluation_text
+from llmkern.assets.corpus import documents, is_held_out, training_text
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,20 @@ def test_generates_python_deterministically(tokenizer, model):
     assert generated == continuations()
     # Which of them greedy search meets depends on the weights; text that has none is not Python.
     assert sum(w in generated for w in ("def ", "return ", "import ", "self", "):\n    ")) >= 3
+
+
+def test_what_is_measured_on_is_not_in_the_training_text() -> None:
+    held_out = [text for name, text in documents() if is_held_out(name)]
+    learned = training_text()
+    assert len(held_out) > 5
+    assert len(learned) > 20 * sum(map(len, held_out)) / 2
+    assert not [text for text in held_out if text in learned]
+
+
+def test_the_split_goes_by_the_name_alone() -> None:
+    # These names decided which excerpts were shipped; another split would leak them into training.
+    names = {name: is_held_out(name) for name, _ in documents()}
+    shipped = evaluation_text().read_text()
+    for name, text in documents():
+        if text[:400] in shipped and len(text) > 400:
+            assert names[name], name
