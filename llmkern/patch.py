@@ -14,6 +14,7 @@ from llmkern.formats.bitsandbytes import describe_model
 from llmkern.formats.compressed_tensors import describe_formats
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import BLOCK_SIZES, LutFormat, codebook_name, group_size_of
+from llmkern.nn._packed_linear import PackedLinear
 from llmkern.nn.int4_linear import BITS, Int4Linear
 from llmkern.nn.lut4_linear import Lut4Linear
 from llmkern.nn.sparse24_linear import Sparse24Linear
@@ -247,6 +248,20 @@ def _common_table(layers: Mapping[str, Lut4Linear]) -> str:
             )
     assert first is not None
     return first[1]
+
+
+def expand_packed(model: nn.Module) -> list[str]:
+    """Replace the packed layers of `model` by dense ones of the same values, in place.
+
+    Returns:
+        The full names of the layers that were packed.
+    """
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    for name, module in packed.items():
+        model.set_submodule(name, module.to_linear())
+    if packed:
+        record_formats(model)
+    return list(packed)
 
 
 def warn_dense(what: str, left: Mapping[str, str]) -> None:

@@ -1,5 +1,18 @@
 """The pipeline: stages in a row, each measured, with a report of what they bought and cost."""
 
+from llmkern.pipeline.recipe import default_recipe, dump_recipe, load_recipe, parse_recipe
 from llmkern.pipeline.records import PipelineReport, StageRecord
+from llmkern.pipeline.stages import STAGES, Distill, Prune, Quantize
 
-__all__ = ["PipelineReport", "StageRecord"]
+__all__ = [
+    "STAGES",
+    "Distill",
+    "PipelineReport",
+    "Prune",
+    "Quantize",
+    "StageRecord",
+    "default_recipe",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+]

@@ -82,7 +82,7 @@ def prune(
     settings, data = sort_options(method, kinds, options)
     kind = METHODS[method]
     asked = {"sparsity": sparsity, "pattern": pattern, "ratio": ratio}
-    amount, described = _amount(method, kind, asked)
+    amount, described = sort_amount(method, kind, asked)
     report = PruneReport(method, described, dataclasses.asdict(settings))
     report.parameters_before = _parameters(model)
     job = Job(model, settings, data, amount, dict(rules or {}), report, progress)
@@ -94,7 +94,7 @@ def prune(
     return report
 
 
-def _amount(
+def sort_amount(
     method: str, kind: Method, asked: dict[str, Any]
 ) -> tuple[Amount | None, dict[str, Any]]:
     """The amount that was asked for, checked, and its entry in the report."""

@@ -91,7 +91,9 @@ def quantize(
     """
     start = time.perf_counter()
     settings, data = sort_options(method, METHODS, options)
-    plan, dense = _plan(model, _format(method, bits, group_size, symmetric), dict(rules or {}))
+    plan, dense = _plan(
+        model, choose_format(method, bits, group_size, symmetric), dict(rules or {})
+    )
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
     if isinstance(settings, RtnOptions):
         with _Work(model, plan, report, progress) as work:
@@ -256,7 +258,7 @@ def _pack(
     return packed.train(linear.training)
 
 
-def _format(
+def choose_format(
     method: str, bits: int, group_size: int | Literal["auto"] | None, symmetric: bool
 ) -> _Format:
     if METHODS[method] is TableOptions:

@@ -1,0 +1,174 @@
+"""What every stage of a pipeline is: a method with options, checked at once, and a driver to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llmkern._drive import DataOptions
+from llmkern.calibrate.data import Source
+from llmkern.patch import expand_packed
+from llmkern.pipeline._options import check_names, class_options, nearest, plain
+
+# What the pipeline itself gives to a driver.
+GIVEN = ("model", "calibration", "tokenizer", "teacher_tokenizer", "progress")
+STATE = ("checkpoint", "resume")
+# The text that comes with llmkern, where one wants it: a stage with no data is refused.
+BUILTIN = "builtin"
+# Annotation of a stage's own source.
+SOURCE = str | list[str] | None
+
+
+@dataclass
+class Context:
+    """What a stage works on.
+
+    Attributes:
+        model: as the stages before left it; a stage changes it or puts another in its place.
+        tokenizer: of that model, or None.
+        calibration: source of the run, for stages without one of their own.
+        original: returns the model that the run began with, which no stage may change.
+        load: returns the model of a directory, and its tokenizer or None.
+        checkpoint: directory for the state of unfinished work.
+        resume: go on from that state.
+        progress: show progress bars.
+        notes: what a stage had to do that nobody asked for.
+    """
+
+    model: Any
+    tokenizer: Any
+    calibration: Source
+    original: Callable[[], Any]
+    load: Callable[[str], tuple[Any, Any]]
+    checkpoint: Path | None = None
+    resume: bool = False
+    progress: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Options of a driver that can go on where it was."""
+        return {"checkpoint": self.checkpoint, "resume": self.resume}
+
+    def expand_packed(self, why: str) -> None:
+        """Make packed layers of the model dense, and note that it was done."""
+        expanded = expand_packed(self.model)
+        if expanded:
+            self.notes.append(f"{len(expanded)} packed layers were expanded to dense ones {why}")
+
+
+class Stage:
+    """One step of a pipeline: a method and its options.
+
+    Attributes:
+        name: of the kind of stage, its key in a recipe.
+        methods: its methods.
+        default: its method if none is given.
+        method: one of `methods`.
+        options: the options that were given, checked, in the types of YAML and JSON.
+    """
+
+    name: ClassVar[str]
+    methods: ClassVar[Mapping[str, Any]]
+    default: ClassVar[str]
+    method: str
+    options: dict[str, Any]
+
+    def __init__(self, method: str | None = None, /, **options: Any) -> None:
+        """Check the options.
+
+        Args:
+            method: one of `methods`.
+            options: of the driver and the method, and `calibration`: a source of the stage's own (path
+                or name of a dataset; "builtin" is the text that comes with llmkern).
+
+        Raises:
+            ValueError: an unknown method or option (the nearest is named), a value of the wrong type or
+                out of range, a missing amount.
+        """
+        method = options.pop("method", self.default if method is None else method)
+        if not isinstance(method, str) or method not in self.methods:
+            known = nearest(str(method), self.methods)
+            raise ValueError(f"method: got {method!r}, {known}")
+        known_options = self._known(method)
+        check_names(options, known_options)
+        checked = {
+            name: plain(name, self._plainer(name, value), known_options[name])
+            for name, value in options.items()
+        }
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "options", checked)
+        self._check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: a stage cannot be changed, make another")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stage) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"{type(self).__name__}({self.method!r}{options})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of a recipe: {name: {"method": ..., options}}."""
+        return {self.name: {"method": self.method, **self.options}}
+
+    @property
+    def label(self) -> str:
+        """For people: "prune glu 25 %"."""
+        raise NotImplementedError
+
+    @property
+    def seed(self) -> int:
+        """Of all that the stage draws at random."""
+        return int(self.options.get("seed", 0))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the stage cannot do without text or tokens."""
+        raise NotImplementedError
+
+    @property
+    def own_data(self) -> Any:
+        """The stage's own source of text or tokens, None where it takes the run's."""
+        return self.options.get("calibration")
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do it to `context.model`; the driver's report, ready for JSON."""
+        raise NotImplementedError
+
+    def _known(self, method: str) -> dict[str, Any]:
+        """Annotation of each option of a method."""
+        raise NotImplementedError
+
+    def _plainer(self, name: str, value: Any) -> Any:
+        """An option's value, given as an object of ours, in the types that a recipe has."""
+        return value
+
+    def _check(self) -> None:
+        """Refuse options that do not fit each other.
+
+        Raises:
+            ValueError: names the option.
+        """
+        raise NotImplementedError
+
+    def _refuse_data_options(self) -> None:
+        for name in ("calibration", *class_options(DataOptions)):
+            if name in self.options:
+                raise ValueError(
+                    f"{name}: got {self.options[name]!r}, expected nothing: {self.name} "
+                    f"{self.method} reads no calibration data here"
+                )
+
+    def _source(self, context: Context) -> Source:
+        return context.calibration if self.own_data is None else source_of(self.own_data)
+
+
+def source_of(value: Any) -> Source:
+    """A source as `llmkern.calibrate` takes it: "builtin" is the text that comes with llmkern."""
+    return None if isinstance(value, str) and value == BUILTIN else value
