@@ -70,6 +70,9 @@ class PipelineReport:
         prompts: that the generations continue.
         warnings: about the recipe and the run.
         stages: the original first.
+        in_sequence: each stage works on the model that the one before left; False where each works on
+            the original, as in a comparison of methods.
+        left_out: why each method that was asked for has no row, by its label.
     """
 
     title: str
@@ -81,6 +84,8 @@ class PipelineReport:
     prompts: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
+    in_sequence: bool = True
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
