@@ -30,6 +30,9 @@ class Checkpoint:
             shutil.rmtree(self._next)
         self._next.mkdir(parents=True)
         tensors = {"rng": torch.get_rng_state()}
+        device = next(iter(_trained(module).values())).device
+        if device.type == "cuda":  # dropout draws there
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(device)
         for name, weight in _trained(module).items():
             tensors[f"weight.{name}"] = weight.detach().cpu().contiguous()
             for key, value in optimizer.state.get(weight, {}).items():
@@ -78,6 +81,9 @@ class Checkpoint:
                 place = weight.device if value.shape == weight.shape else torch.device("cpu")
                 optimizer.state[weight][entry] = value.to(place)
         torch.set_rng_state(tensors["rng"])
+        device = next(iter(trained.values())).device
+        if device.type == "cuda" and "rng_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng_cuda"], device)
         return state
 
 

@@ -9,6 +9,7 @@ interrupted goes on as if it had not been.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -48,6 +49,27 @@ class Step:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in the training a forward is.
+
+    Attributes:
+        step: from 0.
+        micro: its number among the forwards of this process in the step.
+        first: position of its first row in the endless order of rows, over all processes: the next
+            rows follow. A random choice that is seeded by positions does not depend on how a step is
+            divided into forwards and processes.
+    """
+
+    step: int
+    micro: int
+    first: int
+
+
+# What replaces the rows of a forward: for instance by tokens that the student has sampled.
+Prepare = Callable[[dict[str, Tensor], Place], dict[str, Tensor]]
+
+
 @dataclass
 class TrainReport:
     """What `fit` did.
@@ -75,7 +97,9 @@ def fit(
     options: TrainOptions,
     *,
     progress: bool = False,
+    prepare: Prepare | None = None,
     after_step: Callable[[], None] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainReport:
     """Train the parameters of `module` that require gradients, in place.
 
@@ -87,7 +111,12 @@ def fit(
             there, say which predictions count, otherwise all but each window's first token do.
         options: see `TrainOptions`.
         progress: show a progress bar with the loss.
+        prepare: gets the rows of each forward, on the device, and its place, and returns what the
+            forward takes, "input_ids" among it. Called before a step's first forward, in the precision
+            of the training.
         after_step: called after each update, for instance to put pruned zeros back.
+        settings: ready for JSON; a checkpoint of a run with other settings is refused as one with
+            other options is.
 
     Returns:
         The report; the module is on its own device again.
@@ -114,13 +143,13 @@ def fit(
     if options.checkpoint is not None and sharded:
         raise NotImplementedError("checkpoint: got a path under FSDP, expected None there")
     set_seed(options.seed)
-    run = _Run(accelerator, module, options, rows)
+    run = _Run(accelerator, module, options, rows, settings or {})
     report = TrainReport(_describe(options))
     first = run.restore(report)
     started = time.perf_counter()
     with _Log(options, accelerator.is_main_process, progress, first) as log:
         for step in range(first, options.steps):
-            entry = run.step(step, data, report)
+            entry = run.step(step, run.batches(step, data, prepare), report)
             report.steps.append(entry)
             if after_step is not None:
                 after_step()
@@ -144,7 +173,12 @@ class _Run:
     """The prepared module, its optimizer and schedule."""
 
     def __init__(
-        self, accelerator: Any, module: nn.Module, options: TrainOptions, rows: int
+        self,
+        accelerator: Any,
+        module: nn.Module,
+        options: TrainOptions,
+        rows: int,
+        settings: Mapping[str, Any],
     ) -> None:
         self._accelerator, self._options = accelerator, options
         self._module = module
@@ -152,10 +186,12 @@ class _Run:
         module.train()
         optimizer = _optimizer(module, options)
         self._model, self._optimizer = accelerator.prepare(module, optimizer)
-        self._order = _Order(rows, options.seed)
+        self._order = Order(rows, options.seed)
         self._store = None if options.checkpoint is None else Checkpoint(Path(options.checkpoint))
         self._settings = {name: getattr(options, name) for name in _SETTINGS}
         self._settings |= {"rows": rows, "processes": accelerator.num_processes}
+        # As JSON gives them back, so that they can be compared.
+        self._settings |= json.loads(json.dumps(dict(settings)))
 
     def restore(self, report: TrainReport) -> int:
         """Number of steps that a checkpoint has already done."""
@@ -164,6 +200,8 @@ class _Run:
         state = self._store.load(self._module, self._optimizer.optimizer, self._settings)
         if state is None:
             return 0
+        if self._accelerator.scaler is not None and state.get("scaler"):
+            self._accelerator.scaler.load_state_dict(state["scaler"])
         report.steps = [Step(**entry) for entry in state["steps"]]
         return len(report.steps)
 
@@ -171,15 +209,33 @@ class _Run:
         if self._store is not None and self._accelerator.is_main_process:
             steps = [dataclasses.asdict(entry) for entry in report.steps]
             state = {"settings": self._settings, "steps": steps}
+            if self._accelerator.scaler is not None:
+                state["scaler"] = self._accelerator.scaler.state_dict()
             self._store.save(self._module, self._optimizer.optimizer, state)
         self._accelerator.wait_for_everyone()
 
-    def step(self, step: int, data: Mapping[str, Tensor], report: TrainReport) -> Step:
+    def batches(
+        self, step: int, data: Mapping[str, Tensor], prepare: Prepare | None
+    ) -> list[dict[str, Tensor]]:
+        """What this process's forwards of a step take."""
+        accelerator, size = self._accelerator, self._options.batch_size
+        found = []
+        for micro in range(self._options.accumulate):
+            forward = (step * self._options.accumulate + micro) * accelerator.num_processes
+            first = (forward + accelerator.process_index) * size
+            rows = torch.tensor([self._order.row(first + i) for i in range(size)])
+            batch = {name: tensor[rows].to(accelerator.device) for name, tensor in data.items()}
+            if prepare is not None:
+                with accelerator.autocast():
+                    batch = prepare(batch, Place(step, micro, first))
+            found.append(batch)
+        return found
+
+    def step(self, step: int, batches: list[dict[str, Tensor]], report: TrainReport) -> Step:
         options, accelerator = self._options, self._accelerator
         lr = options.lr * _schedule(step, options)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        batches = [self._batch(step, micro, data) for micro in range(options.accumulate)]
         counts = torch.stack([_predictions(batch) for batch in batches]).sum()
         total = accelerator.reduce(counts.to(accelerator.device), "sum")
         num_items = max(float(total) / accelerator.num_processes, 1.0)
@@ -206,14 +262,6 @@ class _Run:
         self._optimizer.zero_grad()
         return Step(step + 1, lr, metrics)
 
-    def _batch(self, step: int, micro: int, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's windows of one forward."""
-        accelerator, size = self._accelerator, self._options.batch_size
-        forward = (step * self._options.accumulate + micro) * accelerator.num_processes
-        first = (forward + accelerator.process_index) * size
-        rows = torch.tensor([self._order.row(first + i) for i in range(size)])
-        return {name: tensor[rows].to(accelerator.device) for name, tensor in data.items()}
-
     def close(self) -> None:
         """Leave the module as it was but for its weights."""
         self._accelerator.unwrap_model(self._model).train(self._training)
@@ -221,7 +269,7 @@ class _Run:
         self._accelerator.free_memory()
 
 
-class _Order:
+class Order:
     """Endless sequence of rows: each pass over the data in another order, by the seed."""
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -229,6 +277,7 @@ class _Order:
         self._epoch, self._permutation = -1, torch.empty(0)
 
     def row(self, position: int) -> int:
+        """The row at a position of the sequence."""
         epoch, place = divmod(position, self._rows)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmkern.train import Lion, TrainOptions, fit
+from llmkern.train import Lion, Place, TrainOptions, fit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,6 +157,69 @@ def test_fp16_and_bf16_run_the_forward_in_that_dtype():
 
     fit(Watched(), data(), dataclasses.replace(OPTIONS, steps=1, mixed_precision="bf16"))
     assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_gradient_scaler_is_part_of_the_state(stop, tmp_path, monkeypatch):
+    """On a CPU accelerate makes no scaler, so one is put in: it skips steps until its scale fits."""
+    import accelerate
+
+    class Scaled(accelerate.Accelerator):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+            scalers.append(self.scaler)
+
+    class Steep(Model):
+        def forward(self, batch, num_items):
+            return {"loss": 64 * super().forward(batch, num_items)["loss"]}
+
+    scalers: list[torch.amp.GradScaler] = []
+    monkeypatch.setattr(accelerate, "Accelerator", Scaled)
+    options = dataclasses.replace(OPTIONS, clip=None)
+    whole = fit(Steep(), data(), options)
+    options = dataclasses.replace(options, checkpoint=tmp_path, checkpoint_every=1, resume=True)
+    steps = iter(range(stop))
+
+    def kill() -> None:
+        if next(steps) + 1 == stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(Steep(), data(), options, after_step=kill)
+    assert losses(fit(Steep(), data(), options)) == losses(whole)
+    assert scalers[-1].state_dict() == scalers[0].state_dict()
+    assert 2.0**110 < scalers[0].get_scale() < 2.0**126
+
+
+def test_rows_can_be_replaced_by_their_place_in_the_run():
+    def noise(batch, place):
+        seen.append(place)
+        shift = torch.arange(place.first, place.first + len(batch["input_ids"]))
+        return {"input_ids": (batch["input_ids"] + shift[:, None]) % 11}
+
+    seen: list[Place] = []
+    whole = fit(Model(), data(), dataclasses.replace(OPTIONS, batch_size=4), prepare=noise)
+    assert [place.first for place in seen] == [4 * i for i in range(8)]
+    seen.clear()
+    parts = fit(Model(), data(), dataclasses.replace(OPTIONS, accumulate=2), prepare=noise)
+    assert [(place.step, place.micro, place.first) for place in seen[:3]] == [
+        (0, 0, 0),
+        (0, 1, 2),
+        (1, 0, 4),
+    ]
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(whole) != losses(fit(Model(), data(), dataclasses.replace(OPTIONS, batch_size=4)))
+
+
+def test_settings_of_the_caller_must_be_those_of_the_checkpoint(tmp_path):
+    options = dataclasses.replace(OPTIONS, checkpoint=tmp_path, resume=True)
+    fit(Model(), data(), options, settings={"alpha": 0.5, "layers": ("1:2",)})
+    fit(Model(), data(), options, settings={"alpha": 0.5, "layers": ("1:2",)})
+    with pytest.raises(
+        ValueError, match=r"alpha: the checkpoint was made with 0\.5, this run has 1"
+    ):
+        fit(Model(), data(), options, settings={"alpha": 1, "layers": ("1:2",)})
 
 
 def test_lion_follows_its_formula():
