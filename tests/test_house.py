@@ -52,7 +52,17 @@ MAY_IMPORT = {
     },
     "evaluate": {"calibrate", "formats", "models", "nn"},
     "train": set(),
-    "distill": {"_drive", "calibrate", "masks", "models", "nn", "ops", "reference", "train"},
+    "distill": {
+        "_drive",
+        "calibrate",
+        "masks",
+        "models",
+        "nn",
+        "ops",
+        "prune",
+        "reference",
+        "train",
+    },
     "pipeline": {
         "_drive",
         "_version",

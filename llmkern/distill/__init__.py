@@ -3,6 +3,15 @@
 from llmkern.distill._driver import METHODS, DistillReport, distill
 from llmkern.distill._student import make_student
 from llmkern.distill.hidden import HiddenOptions
+from llmkern.distill.sequence import SequenceOptions
 from llmkern.distill.soft import SoftOptions
 
-__all__ = ["METHODS", "DistillReport", "HiddenOptions", "SoftOptions", "distill", "make_student"]
+__all__ = [
+    "METHODS",
+    "DistillReport",
+    "HiddenOptions",
+    "SequenceOptions",
+    "SoftOptions",
+    "distill",
+    "make_student",
+]

@@ -24,8 +24,32 @@ class Outputs(NamedTuple):
     states: tuple[Tensor, ...]
     attentions: tuple[Tensor, ...]
 
+    def predicting(self, keep: Tensor | None = None) -> Outputs:
+        """The rows [n, D] or [n, V] that predict a next token, states and maps left out.
+
+        Args:
+            keep: bool [B, T - 1]: which of them; None for all.
+        """
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return tensor[:, :-1].flatten(0, 1) if keep is None else tensor[:, :-1][keep]
+
+        return Outputs(rows(self.hidden), self.head, rows(self.logits), (), ())
+
+    def to(self, device: torch.device) -> Outputs:
+        """The same on another device."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(v.to(device) for v in value)
+            return None if value is None else value.to(device)
+
+        return Outputs(*(move(value) for value in self))
+
     def all_logits(self) -> Tensor:
-        """Logits [B, T, V]."""
+        """Logits [..., V]."""
         if self.logits is not None:
             return self.logits
         assert self.hidden is not None

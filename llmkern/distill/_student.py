@@ -1,4 +1,4 @@
-"""A student made from its teacher: fewer blocks, the same embeddings and head."""
+"""A student made from its teacher: fewer blocks, narrower MLPs, the same embeddings and head."""
 
 from __future__ import annotations
 
@@ -9,27 +9,49 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmkern.calibrate.data import Source
 from llmkern.models import find_blocks
 from llmkern.models.resize import keep_blocks
 from llmkern.nn._packed_linear import PackedLinear
+from llmkern.prune import prune
 
 
-def make_student(teacher: Any, layers: float | int | Sequence[int]) -> Any:
-    """A dense copy of the teacher with some of its blocks, for `distill` to train.
+def make_student(
+    teacher: Any,
+    layers: float | int | Sequence[int] = 1.0,
+    *,
+    width: float = 1.0,
+    calibration: Source = None,
+    tokenizer: Any = None,
+    **pruning: Any,
+) -> Any:
+    """A dense copy of the teacher with fewer blocks or narrower MLPs, for `distill` to train.
 
     Args:
         teacher: a transformers causal language model; packed layers are expanded in the copy.
         layers: fraction of the blocks in (0, 1], their number, or which of them. A fraction or number
             takes blocks evenly spread, the first and the last among them.
+        width: fraction of the neurons of every MLP that stay, in (0, 1] (`llmkern.prune`, "mlp").
+        calibration, tokenizer: what the neurons are chosen by. With either, by the OBS cost on that
+            data (or the text that comes with llmkern), and what is left is adjusted; with neither, by
+            their magnitude.
+        pruning: other options of `llmkern.prune` for the width, as importance or round_to.
 
     Returns:
         A model of the same class, its config changed; it loads anywhere once saved.
 
     Raises:
-        ValueError: layers out of range, or a model that cannot be built with fewer blocks.
+        ValueError: layers or width out of range, options for a width of 1, a model that cannot be
+            built so, and what `llmkern.prune` raises.
     """
     depth = len(find_blocks(teacher))
     kept = _chosen(layers, depth)
+    if not 0 < width <= 1:
+        raise ValueError(f"width: got {width}, expected a fraction in (0, 1]")
+    given = {"calibration": calibration, "tokenizer": tokenizer, **pruning}
+    needless = [n for n, v in given.items() if v is not None and n != "tokenizer"]
+    if width == 1 and needless:
+        raise ValueError(f"{needless[0]}: got it with width = 1, expected a width below 1 with it")
     student = copy.deepcopy(teacher)
     for name, module in list(student.named_modules()):
         if isinstance(module, PackedLinear):
@@ -37,6 +59,12 @@ def make_student(teacher: Any, layers: float | int | Sequence[int]) -> Any:
     if getattr(student.config, "quantization_config", None) is not None:
         del student.config.quantization_config
     keep_blocks(student, kept)
+    if width < 1:
+        if calibration is None and tokenizer is None:
+            pruning = {"importance": "magnitude", "compensate": False} | pruning
+        else:
+            pruning |= {"calibration": calibration, "tokenizer": tokenizer}
+        prune(student, "mlp", ratio=1 - width, **pruning)
     return student
 
 

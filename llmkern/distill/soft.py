@@ -48,29 +48,29 @@ class SoftOptions:
 def soft_loss(
     student: Outputs,
     teacher: Outputs | None,
-    labels: Tensor,
+    wanted: Tensor,
     options: SoftOptions,
     num_items: float,
 ) -> dict[str, Tensor]:
     """{"loss", "ce", "kd"} of a batch.
 
     Args:
-        student, teacher: of the same tokens [B, T]; no teacher if alpha is 0.
-        labels: int64 [B, T], the tokens themselves, -100 where they are not to be predicted.
+        student, teacher: rows [n, D] or [n, V] that predict the same tokens (`Outputs.predicting`); no
+            teacher if alpha is 0.
+        wanted: int64 [n], what they are to predict, -100 where a row does not count.
         options: the loss.
         num_items: what the sums are divided by.
     """
-    wanted = labels[:, 1:]
     if student.hidden is None or student.head is None:
         return _from_logits(student, teacher, wanted, options, num_items)
     teacher_logits = teacher_hidden = teacher_head = None
     if teacher is not None and teacher.hidden is not None and teacher.head is not None:
         # Equal tokenizers, but the teacher's table may be padded.
-        teacher_hidden, teacher_head = teacher.hidden[:, :-1], teacher.head[: len(student.head)]
+        teacher_hidden, teacher_head = teacher.hidden, teacher.head[: len(student.head)]
     elif teacher is not None:
-        teacher_logits = teacher.all_logits()[:, :-1, : len(student.head)]
+        teacher_logits = teacher.all_logits()[:, : len(student.head)]
     out = kd_loss(
-        student.hidden[:, :-1],
+        student.hidden,
         student.head,
         wanted,
         teacher_logits=teacher_logits,
@@ -93,15 +93,14 @@ def _from_logits(
     num_items: float,
 ) -> dict[str, Tensor]:
     """For a head with a bias, a cap or a scale: its logits for all tokens, as the model makes them."""
-    logits = student.all_logits()[:, :-1].flatten(0, 1).float()
+    logits = student.all_logits().float()
     if teacher is None:
-        ce = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="sum")
+        ce = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
         return {"loss": ce / num_items, "ce": ce / num_items, "kd": torch.zeros_like(ce)}
-    target = teacher.all_logits()[:, :-1, : logits.shape[-1]].flatten(0, 1).float()
     losses = plain_loss(
         logits,
-        target,
-        wanted.flatten(),
+        teacher.all_logits()[:, : logits.shape[-1]].float(),
+        wanted,
         alpha=options.alpha,
         temperature=options.temperature,
         divergence=options.divergence,

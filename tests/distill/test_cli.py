@@ -12,24 +12,47 @@ import llmkern
 from llmkern import assets
 from llmkern.cli.app import app
 
+TEACHER = str(assets.bundled_model_dir())
+SHORT = ["--steps", 2, "--batch-size", 1]
 
-def run(*arguments: object):
-    return CliRunner().invoke(
-        app, ["distill", str(assets.bundled_model_dir()), *map(str, arguments)]
-    )
+
+def run(*arguments: object, teacher: str | None = TEACHER):
+    first = ["distill"] if teacher is None else ["distill", teacher]
+    return CliRunner().invoke(app, [*first, *map(str, arguments)])
+
+
+def report(directory) -> dict:
+    return json.loads((directory / "llmkern_report.json").read_text())
 
 
 def test_makes_trains_and_saves_a_student(tmp_path):
-    options = ["--steps", 2, "--batch-size", 1, "--seq-len", 32, "--samples", 4, "--alpha", 0.9]
+    options = [*SHORT, "--seq-len", 32, "--samples", 4, "--alpha", 0.9]
     result = run("-o", tmp_path / "out", "--student-layers", 0.5, *options)
     assert result.exit_code == 0, result.output
     student = llmkern.load(tmp_path / "out")
-    teacher = llmkern.load(assets.bundled_model_dir())
+    teacher = llmkern.load(TEACHER)
     assert student.config.num_hidden_layers == round(0.5 * teacher.config.num_hidden_layers)
     assert torch.isfinite(student(torch.tensor([[1, 2, 3]])).logits).all()
-    report = json.loads((tmp_path / "out" / "llmkern_report.json").read_text())
-    assert report["options"]["alpha"] == 0.9
-    assert len(report["training"]["steps"]) == 2
+    assert report(tmp_path / "out")["options"]["alpha"] == 0.9
+    assert len(report(tmp_path / "out")["training"]["steps"]) == 2
+
+
+def test_narrow_student_from_answers_then_again_from_the_file(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def main():\nimport os\n")
+    options = ["--method", "sequence", *SHORT, "--top-p", 0.9]
+    asked = ["--prompts", prompts, "--max-new-tokens", 5]
+    result = run("-o", tmp_path / "a", "--student-width", 0.5, *options, *asked)
+    assert result.exit_code == 0, result.output
+    kept = tmp_path / "a.answers.jsonl"
+    assert len(kept.read_text().splitlines()) == 3
+    student = llmkern.load(tmp_path / "a")
+    assert student.config.num_hidden_layers == 4
+    assert student.config.intermediate_size == 256
+    options = ["--method", "sequence", *SHORT, "--answers", kept, "--student", tmp_path / "a"]
+    result = run("-o", tmp_path / "b", *options, teacher=None)
+    assert result.exit_code == 0, result.output
+    assert report(tmp_path / "b")["windows"] == report(tmp_path / "a")["windows"]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +60,12 @@ def test_makes_trains_and_saves_a_student(tmp_path):
     [
         (["--student", "x", "--student-layers", 0.5], "got both, expected one of them"),
         (["--hidden-weight", 2.0, "--steps", 1], "hidden_weight: not an option of method 'soft'"),
+        (["--prompts", "x", "--steps", 1], "prompts: not an option of method 'soft'"),
+        (["--method", "sequence", "--alpha", 0.5], "alpha: not an option of method 'sequence'"),
+        (
+            ["--method", "sequence", "--answers", "x", "--student", TEACHER],
+            "expected none: answers come from a file",
+        ),
     ],
 )
 def test_contradictions_are_refused(options, message, tmp_path):
@@ -44,3 +73,16 @@ def test_contradictions_are_refused(options, message, tmp_path):
     assert result.exit_code != 0
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student", TEACHER], "TEACHER_DIR: got none, expected a directory"),
+        (["--method", "sequence", "--prompts", "x", "--student", TEACHER], "TEACHER_DIR: got none"),
+        (["--method", "sequence", "--answers", "x"], "--student: got none and no TEACHER_DIR"),
+    ],
+)
+def test_a_missing_teacher_is_refused_where_it_is_needed(options, message, tmp_path):
+    result = run("-o", tmp_path / "out", *options, teacher=None)
+    assert message in str(result.exception)

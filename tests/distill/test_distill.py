@@ -17,7 +17,7 @@ from transformers import (
 
 import llmkern
 from llmkern.distill import distill, make_student
-from llmkern.distill._driver import Distiller
+from llmkern.distill._distiller import Distiller
 from llmkern.distill.hidden import HiddenOptions
 from llmkern.distill.soft import SoftOptions
 from llmkern.reference.kd_loss import kd_loss as plain
@@ -128,6 +128,29 @@ def test_student_loads_anywhere(tmp_path):
     assert torch.equal(loaded(tokens()).logits, student(tokens()).logits)
 
 
+@pytest.mark.parametrize("data", [None, tokens()], ids=["magnitude", "obs"])
+def test_narrow_students_keep_neurons_of_the_teacher(data, tmp_path):
+    teacher = llama(intermediate_size=128)
+    student = make_student(teacher, 0.5, width=0.5, calibration=data)
+    assert teacher.config.intermediate_size == 128
+    assert student.config.num_hidden_layers == 2
+    assert student.config.intermediate_size == 64
+    gate = teacher.model.layers[0].mlp.gate_proj.weight
+    kept = student.model.layers[0].mlp.gate_proj.weight
+    assert len(kept) == 64
+    assert all((gate == row).all(1).any() for row in kept)
+    down = teacher.model.layers[0].mlp.down_proj.weight
+    columns = [
+        (down == c[:, None]).all(0).any() for c in student.model.layers[0].mlp.down_proj.weight.t()
+    ]
+    assert all(columns) == (data is None)  # adjusted where there is data
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens()).logits, student(tokens()).logits)
+    report = distill(student, teacher, data=tokens(), steps=2, batch_size=2)
+    assert len(report.training.steps) == 2
+
+
 def test_gpt2_distills_too():
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=61, n_positions=32)
@@ -202,3 +225,17 @@ def test_students_that_cannot_be_trained_are_refused():
 def test_student_depths_out_of_range_are_refused(layers):
     with pytest.raises(ValueError, match="layers: got"):
         make_student(llama(), layers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"width": 0.0}, r"width: got 0.0, expected a fraction in \(0, 1\]"),
+        ({"width": 1.1}, "width: got 1.1"),
+        ({"importance": "obs"}, "importance: got it with width = 1, expected a width below 1"),
+        ({"width": 0.5, "importance": "best"}, "importance: got 'best', expected one of"),
+    ],
+)
+def test_student_widths_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_student(llama(), **arguments)

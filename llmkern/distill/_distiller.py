@@ -1,0 +1,80 @@
+"""The module that is trained: a student, and the losses that tie it to its teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.distill._heads import Outputs, has_plain_head, run
+from llmkern.distill.hidden import HiddenLoss, HiddenOptions
+from llmkern.distill.soft import SoftOptions, soft_loss
+
+
+class Distiller(nn.Module):
+    """Student, projections and loss as one module, so that one forward is all that a step needs."""
+
+    def __init__(self, student: Any, teacher: Any, options: SoftOptions, probe: Tensor) -> None:
+        """The teacher may be None where the options ask for none (alpha 0)."""
+        super().__init__()
+        self.student = student
+        self.extra: HiddenLoss | None = None
+        if isinstance(options, HiddenOptions):
+            self.extra = HiddenLoss(student, teacher, options)
+        # In a list, so that the teacher is neither trained, saved nor wrapped with the rest.
+        self._teacher = [teacher]
+        self._options = options
+        student.eval()
+        models = [model for model in (student, teacher) if model is not None]
+        self._plain = [has_plain_head(model, probe.to(model.device)) for model in models]
+
+    def forward(self, batch: dict[str, Tensor], num_items: float) -> dict[str, Tensor]:
+        """{"loss", "ce", "kd", ...}, sums over the batch's predictions divided by num_items.
+
+        Args:
+            batch: input_ids int64 [B, T], attention_mask where rows are padded, labels where not every
+                token is predicted. teacher_ids, teacher_mask and teacher_labels where the teacher
+                reads other rows, of which it predicts the same tokens in the same order.
+            num_items: as `llmkern.train.fit` passes it.
+        """
+        options = self._options
+        states, maps = False, False
+        if isinstance(options, HiddenOptions):
+            states, maps = True, options.attention_weight > 0
+        labels = batch.get("labels", batch["input_ids"])
+        keep = labels[:, 1:] != -100 if "labels" in batch else None
+        wanted = labels[:, 1:].flatten() if keep is None else labels[:, 1:][keep]
+        mine = run(self.student, batch, self._plain[0], states, maps)
+        theirs: Outputs | None = None
+        if options.alpha > 0 or states:
+            theirs = self._ask_teacher(batch, states, maps)
+        target: Outputs | None = None
+        if theirs is not None and options.alpha > 0:
+            other = batch.get("teacher_labels")
+            target = theirs.predicting(keep if other is None else other[:, 1:] != -100)
+        losses = soft_loss(mine.predicting(keep), target, wanted, options, num_items)
+        if self.extra is not None and isinstance(options, HiddenOptions):
+            assert theirs is not None
+            share = (labels[:, 1:] != -100).sum() / num_items
+            extra = self.extra(mine, theirs, labels != -100)
+            extra = {name: value * share for name, value in extra.items()}
+            weights = {"hidden": options.hidden_weight, "attention": options.attention_weight}
+            total = sum(weights[name] * value for name, value in extra.items())
+            losses |= extra | {"loss": losses["loss"] + total}
+        return losses
+
+    @torch.no_grad()
+    def _ask_teacher(self, batch: dict[str, Tensor], states: bool, maps: bool) -> Outputs:
+        teacher = self._teacher[0]
+        device = next(teacher.parameters()).device
+        names = ("input_ids", "attention_mask")
+        if "teacher_ids" in batch:
+            names = ("teacher_ids", "teacher_mask")
+        inputs = {
+            key: batch[name].to(device)
+            for key, name in zip(("input_ids", "attention_mask"), names, strict=True)
+            if name in batch
+        }
+        outputs = run(teacher, inputs, self._plain[1], states, maps)
+        return outputs.to(batch["input_ids"].device)
