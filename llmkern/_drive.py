@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmkern.calibrate import Block, Statistic
+from llmkern._journal import Journal
+from llmkern.calibrate import Block, Statistic, visit
 from llmkern.models import block_linears, find_blocks
 from llmkern.nn._packed_linear import dense_weight, matrix_shape
 from llmkern.ops._library import FLOATS
@@ -224,14 +225,52 @@ class Work:
         self._bar.update()
 
 
+class Lines:
+    """The lines of a driver's report, as a journal keeps them with each block."""
+
+    def __init__(self, work: Work, lines: list[Any], kind: type) -> None:
+        """Follow the list.
+
+        Args:
+            work: counts the layers of restored lines as done.
+            lines: of the report, one per layer, with a `name`; grows as the driver works.
+            kind: their dataclass.
+        """
+        self._work, self._lines, self._kind = work, lines, kind
+        self._taken = len(lines)
+
+    def take(self, index: int) -> dict[str, Any]:
+        """What has been added since the last block."""
+        new = self._lines[self._taken :]
+        self._taken = len(self._lines)
+        return {"lines": [dataclasses.asdict(line) for line in new]}
+
+    def give(self, index: int, block: nn.Module, notes: dict[str, Any]) -> None:
+        """Add the lines of a block again."""
+        for entry in notes["lines"]:
+            # JSON has no tuples.
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+            line = self._kind(**fields)
+            self._lines.append(line)
+            self._work.finish(line.name)
+        self._taken = len(self._lines)
+
+
 def for_each_layer(
-    model: nn.Module, planned: Callable[[str], bool], apply: Callable[[str, nn.Module, str], None]
+    model: nn.Module,
+    planned: Callable[[str], bool],
+    apply: Callable[[str, nn.Module, str], None],
+    *,
+    journal: Journal | None = None,
 ) -> None:
     """Call `apply(block's name, block, linear's name in it)` on the planned linears, in order."""
-    for prefix, block in find_blocks(model).items():
+
+    def stage(index: int, prefix: str, block: nn.Module) -> None:
         for name in block_linears(block):
             if planned(f"{prefix}.{name}"):
                 apply(prefix, block, name)
+
+    visit(model, stage, journal=journal)
 
 
 def layer_stage(

@@ -2,17 +2,27 @@
 
 from llmkern.calibrate.data import load_tokens, load_windows
 from llmkern.calibrate.statistics import ActivationNormStatistic, HessianStatistic, Statistic
-from llmkern.calibrate.walker import Block, HiddenStates, capture_inputs, skipped, walk
+from llmkern.calibrate.walker import (
+    Block,
+    HiddenStates,
+    Journal,
+    capture_inputs,
+    skipped,
+    visit,
+    walk,
+)
 
 __all__ = [
     "ActivationNormStatistic",
     "Block",
     "HessianStatistic",
     "HiddenStates",
+    "Journal",
     "Statistic",
     "capture_inputs",
     "load_tokens",
     "load_windows",
     "skipped",
+    "visit",
     "walk",
 ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,23 @@ class HiddenStates:
         """Replace the hidden states by the output of `block`."""
         for batch, rows in enumerate(self._batches):
             self.hidden[rows] = self.run(index, block, batch)
+
+    def read(self, journal: Journal) -> None:
+        """Replace the hidden states by those that a journal has kept."""
+        journal.read_hidden(self.hidden, self._batches)
+
+
+class Journal(Protocol):
+    """Keeps what a walk has finished, so that another can go on from there (`llmkern._journal`)."""
+
+    def restore(self, blocks: nn.ModuleList) -> int:
+        """Put the finished blocks back; the index of the first that is left to do."""
+
+    def read_hidden(self, hidden: Tensor, rows: list[slice]) -> None:
+        """Overwrite `hidden` by the states that leave the last finished block, part by part."""
+
+    def commit(self, index: int, block: nn.Module, hidden: Tensor | None = None) -> None:
+        """Keep a finished block and the hidden states that leave it."""
 
 
 class Block:
@@ -163,7 +180,12 @@ class Block:
 
 
 def walk(
-    model: nn.Module, tokens: Tensor, stage: Callable[[Block], None], *, batch_size: int = 8
+    model: nn.Module,
+    tokens: Tensor,
+    stage: Callable[[Block], None],
+    *,
+    batch_size: int = 8,
+    journal: Journal | None = None,
 ) -> None:
     """Call `stage` on every decoder block of `model`, in order, on the outputs of the one before.
 
@@ -175,6 +197,8 @@ def walk(
         tokens: int64 [n, seq_len], the calibration windows.
         stage: called with each `Block`.
         batch_size: windows per forward.
+        journal: keeps each block after its stage, and the hidden states that leave it; blocks that it
+            holds already are put back, and their stage is not called.
 
     Raises:
         ValueError: `tokens` is no int64 matrix or empty, the blocks were not found or not run, or
@@ -188,12 +212,41 @@ def walk(
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     blocks = find_blocks(model)
     with torch.no_grad(), evaluation_mode(model):
-        states = capture_inputs(model, blocks.modules, tokens, batch_size)
+        done = 0 if journal is None else journal.restore(blocks.modules)
         last = len(blocks) - 1
-        for index, (name, module) in enumerate(blocks.items()):
+        if done > last:
+            return
+        states = capture_inputs(model, blocks.modules, tokens, batch_size)
+        if journal is not None and done:
+            states.read(journal)
+        for index, (name, module) in list(enumerate(blocks.items()))[done:]:
             stage(Block(index, name, module, states))
             if index < last:
                 states.advance(index, module)
+            if journal is not None:
+                journal.commit(index, module, states.hidden if index < last else None)
+
+
+def visit(
+    model: nn.Module,
+    stage: Callable[[int, str, nn.Module], None],
+    *,
+    journal: Journal | None = None,
+) -> None:
+    """Call `stage(index, full name, block)` on every decoder block, without data.
+
+    Args:
+        model: as for `walk`.
+        stage: may replace what lies inside the block.
+        journal: as for `walk`.
+    """
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        done = 0 if journal is None else journal.restore(blocks.modules)
+        for index, (name, module) in list(enumerate(blocks.items()))[done:]:
+            stage(index, name, module)
+            if journal is not None:
+                journal.commit(index, module)
 
 
 def capture_inputs(

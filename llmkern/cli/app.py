@@ -29,6 +29,13 @@ DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one by default.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for the state of unfinished work, deleted once OUTPUT is written."
+    ),
+]
+Resume = Annotated[bool, typer.Option(help="Go on from the checkpoint of the same command.")]
 Dense = Annotated[
     bool, typer.Option("--dense", help="Leave 2:4 sparse weights to the dense kernels.")
 ]

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkern.cli.app import (
+    Checkpoint,
     Device,
     DType,
     Model,
+    Resume,
     SeqLen,
     app,
     console,
@@ -129,6 +131,8 @@ def prune(
             help="PATTERN=SPARSITY, PATTERN=N:M or PATTERN=dense, by module name; repeatable."
         ),
     ] = None,
+    checkpoint: Checkpoint = None,
+    resume: Resume = False,
     dtype: DType = None,
     device: Device = None,
     overwrite: Annotated[
@@ -137,6 +141,7 @@ def prune(
 ) -> None:
     """Remove weights, neurons, heads or blocks of a model and save it as a plain model."""
     import llmkern
+    from llmkern._journal import discard
     from llmkern.hf.save import check_target
 
     check_target(output.absolute(), overwrite)
@@ -152,6 +157,8 @@ def prune(
         **given_options(context, _OWN),
     )
     llmkern.save(model, output, tokenizer, overwrite=overwrite)
+    if checkpoint is not None:
+        discard(checkpoint)
     (output / "llmkern_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     console.print(_summary(report, output))
 

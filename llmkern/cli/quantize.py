@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from llmkern.cli.app import (
+    Checkpoint,
     Device,
     DType,
     Model,
+    Resume,
     SeqLen,
     app,
     console,
@@ -78,6 +80,8 @@ def quantize(
             help="PATTERN=BITS, PATTERN=BITS:GROUP or PATTERN=dense, by module name; repeatable."
         ),
     ] = None,
+    checkpoint: Checkpoint = None,
+    resume: Resume = False,
     dtype: DType = None,
     device: Device = None,
     overwrite: Annotated[
@@ -86,6 +90,7 @@ def quantize(
 ) -> None:
     """Quantize a model's linear layers and save it for compressed-tensors (nf4, fp4: bitsandbytes)."""
     import llmkern
+    from llmkern._journal import discard
     from llmkern.hf.save import check_target
 
     check_target(output.absolute(), overwrite)
@@ -111,9 +116,13 @@ def quantize(
         rules=_rules(rule or [], method, group_size, asymmetric),
         tokenizer=tokenizer,
         progress=True,
+        checkpoint=checkpoint,
+        resume=resume,
         **{name: value for name, value in options.items() if value is not None},
     )
     llmkern.save(model, output, tokenizer, overwrite=overwrite)
+    if checkpoint is not None:
+        discard(checkpoint)
     (output / "llmkern_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     console.print(
         f"{len(report.layers)} layers quantized in {report.seconds:.1f} s, "

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from llmkern._files import sync_entry, sync_tree
 from llmkern.hf.checkpoint_files import CONFIG
 from llmkern.nn import Int4Linear, Lut4Linear, Sparse24Linear
 from llmkern.patch import find_expert_matrices, quantization_config
@@ -141,7 +142,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _sync(partial)
+        sync_tree(partial)
         _swap_in(partial, target)
     except SafetensorError as error:
         # safetensors reports a full disk as an error of its own.
@@ -161,24 +162,10 @@ def _swap_in(partial: Path, target: Path) -> None:
         if replaced is not None:
             os.replace(replaced, target)
         raise
-    _sync_entry(target.parent)
+    sync_entry(target.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
 
 
 def _beside(target: Path, what: str) -> Path:
     return target.with_name(f"{target.name}.{what}-{secrets.token_hex(4)}")
-
-
-def _sync(directory: Path) -> None:
-    # A rename may reach the disk before the files it names: they go first.
-    for path in (*directory.rglob("*"), directory):
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

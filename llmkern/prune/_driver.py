@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,8 @@ def prune(
     tokenizer: Any = None,
     rules: Mapping[str, Any] | None = None,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> PruneReport:
     """Remove weights from the decoder blocks of `model`, in place.
@@ -60,6 +63,11 @@ def prune(
         rules: glob over full layer names -> a sparsity or pattern for those layers, or None to leave
             them as they are; the last that matches counts.
         progress: show a progress bar with the layer, its loss and the time left.
+        checkpoint: directory for the state of the work, kept after each decoder block (and during a
+            recovery); new or empty. The caller deletes it when it is of no more use.
+        resume: the same call, on the same model as it was before, goes on at the block after the last
+            one that `checkpoint` holds, with the same bits as without the interruption. What a method
+            finds out beforehand (outliers, costs, gradients, which blocks go) it finds out again.
         options: those of the method (see its dataclass in `llmkern.prune`), and those of
             `DataOptions`: samples, seq_len, seed, batch_size.
 
@@ -70,7 +78,8 @@ def prune(
         ValueError: an unknown method or option, an amount that the method does not take or out of
             range, a pattern that does not divide a layer's K, a rule that matches nothing, NaN or Inf
             in a weight (the layer is named), bad calibration data or data that the method does not
-            need: all before the model is touched. NaN or Inf in a layer's calibration activations.
+            need, a checkpoint that holds state without resume, or of other settings: all before the
+            model is touched. NaN or Inf in a layer's calibration activations.
         NotImplementedError: an encoder-decoder model.
 
     Warns:
@@ -86,11 +95,12 @@ def prune(
     report = PruneReport(method, described, dataclasses.asdict(settings))
     report.parameters_before = _parameters(model)
     job = Job(model, settings, data, amount, dict(rules or {}), report, progress)
+    job.checkpoint, job.resume = checkpoint, resume
     job.calibration, job.tokenizer = calibration, tokenizer
     job.data_given = tuple(name for name in vars(data) if name in options)
     kind.run(job)
     report.parameters_after = _parameters(model)
-    report.seconds = time.perf_counter() - start
+    report.seconds = time.perf_counter() - start + (job.journal.seconds if job.journal else 0.0)
     return report
 
 

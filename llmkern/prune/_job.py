@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from llmkern._drive import DataOptions
+from llmkern._journal import Journal, open_journal
 from llmkern.calibrate import load_windows
 from llmkern.calibrate.data import Source
 from llmkern.prune._amount import Amount
@@ -29,6 +31,8 @@ class Job:
         progress: show a progress bar.
         calibration, tokenizer: as given; see `windows`.
         data_given: names of the options of `data` that the caller gave.
+        checkpoint, resume: as given.
+        journal: what keeps the finished blocks, once `open_journal` has been called; None: nothing does.
     """
 
     model: nn.Module
@@ -41,6 +45,9 @@ class Job:
     calibration: Source = None
     tokenizer: Any = None
     data_given: tuple[str, ...] = ()
+    checkpoint: str | Path | None = None
+    resume: bool = False
+    journal: Journal | None = field(default=None, repr=False)
     _windows: Tensor | None = field(default=None, repr=False)
 
     def windows(self) -> Tensor:
@@ -57,6 +64,32 @@ class Job:
             self.report.tokens = self._windows.numel()
             self.report.window = self._windows.shape[1]
         return self._windows
+
+    def open_journal(self, *, calibrated: bool) -> None:
+        """Open the journal that was asked for; before the model is changed.
+
+        Args:
+            calibrated: the method reads the calibration windows.
+
+        Raises:
+            ValueError: see `llmkern._journal.open_journal`.
+        """
+        asked = {
+            "driver": "prune",
+            "method": self.report.method,
+            "amount": self.report.amount,
+            "options": asdict(self.options),
+            "rules": {glob: None if v is None else str(v) for glob, v in self.rules.items()},
+            "batch_size": self.data.batch_size if calibrated else None,
+            "seed": self.data.seed if calibrated else None,
+        }
+        self.journal = open_journal(
+            self.model,
+            asked,
+            self.windows() if calibrated else None,
+            checkpoint=self.checkpoint,
+            resume=self.resume,
+        )
 
     def refuse_calibration(self, why: str) -> None:
         """For a method that needs no data: refuse data, instead of ignoring it.

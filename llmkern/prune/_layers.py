@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from llmkern._drive import Work, for_each_layer, layer_stage, plan_layers
+from llmkern._drive import Lines, Work, for_each_layer, layer_stage, plan_layers
 from llmkern.calibrate import ActivationNormStatistic, HessianStatistic, walk
 from llmkern.masks import record_pruning, zero_fraction
 from llmkern.nn._packed_linear import dense_weight, write_weight
@@ -76,28 +76,39 @@ def prune_layers(job: Job, *, prune: Prune, statistic: type[InputStatistic] | No
         prune: the method.
         statistic: of each layer's inputs, for `prune`; None where it looks at the weights alone.
     """
-    plan = _plan(job)
+    plan, shared = _plan(job)
     compensated = _compensated(job, plan)
     if statistic is None and compensated:
         statistic = ActivationNormStatistic
-    if statistic is None and job.options.allocation != "owl":
+    by_outliers = job.options.allocation == "owl"
+    if statistic is None and not by_outliers:
         job.refuse_calibration(f"method {job.report.method!r} looks at the weights only here")
-    if statistic is None:
-        with _work(job, plan) as work:
-            pruner = _Pruner(job, plan, compensated, prune, work)
-            for_each_layer(job.model, plan.__contains__, pruner.apply)
-        return
-    windows, kind = job.windows(), statistic
+    job.open_journal(calibrated=statistic is not None or by_outliers)
+    if by_outliers:
+        plan |= _by_outliers(job, shared)
+    with _work(job, plan) as work:
+        pruner = _Pruner(job, plan, compensated, prune, work)
+        if job.journal is not None:
+            lines = Lines(work, job.report.layers, LayerReport)
+            job.journal.note(lines.take, lines.give)
+        if statistic is None:
+            for_each_layer(job.model, plan.__contains__, pruner.apply, journal=job.journal)
+        else:
+            _walk(job, pruner, statistic)
+
+
+def _walk(job: Job, pruner: _Pruner, kind: type[InputStatistic]) -> None:
+    windows = job.windows()
 
     def empty(weight: Tensor) -> InputStatistic:
         return kind(weight.shape[1], tokens=windows.numel(), device=weight.device)
 
-    with _work(job, plan) as work:
-        pruner = _Pruner(job, plan, compensated, prune, work)
-        # Magnitude has no such option: its statistic only serves the biases.
-        sequential = getattr(job.options, "true_sequential", False)
-        stage = layer_stage(work, plan.__contains__, empty, pruner.apply, sequential=sequential)
-        walk(job.model, windows, stage, batch_size=job.data.batch_size)
+    # Magnitude has no such option: its statistic only serves the biases.
+    sequential = getattr(job.options, "true_sequential", False)
+    stage = layer_stage(
+        pruner.work, pruner.plan.__contains__, empty, pruner.apply, sequential=sequential
+    )
+    walk(job.model, windows, stage, batch_size=job.data.batch_size, journal=job.journal)
 
 
 def _work(job: Job, plan: Mapping[str, Amount]) -> Work:
@@ -170,8 +181,8 @@ def _mean_of_removed(
     return (before.float() - after.to(before.dtype).float()) @ inputs.mean()
 
 
-def _plan(job: Job) -> dict[str, Amount]:
-    """Amount of each layer to prune, all of it checked."""
+def _plan(job: Job) -> tuple[dict[str, Amount], frozenset[str]]:
+    """Amount of each layer to prune, all of it checked; and which layers no rule of their own names."""
     rules: dict[str, Amount | None] = {"*": job.amount}
     for glob, value in job.rules.items():
         argument = f"rules[{glob!r}]"
@@ -188,21 +199,21 @@ def _plan(job: Job) -> dict[str, Amount]:
         )
     plan: dict[str, Amount]
     plan, job.report.kept = plan_layers(job.model, rules, what="prune", check=_check_patterns)
-    if options.allocation == "owl":
-        sparsity = rules["*"]
-        if not isinstance(sparsity, float):
-            raise ValueError(
-                f"allocation: got 'owl' with {sparsity}, expected a sparsity to spread"
-            )
-        shared = frozenset(name for name in plan if winning_pattern(rules, name) == "*")
-        plan |= owl.allocate(
-            job,
-            shared,
-            sparsity,
-            options.owl_threshold or owl.THRESHOLD,
-            options.owl_lambda or owl.LAMBDA,
-        )
-    return plan
+    if options.allocation == "owl" and not isinstance(rules["*"], float):
+        raise ValueError(f"allocation: got 'owl' with {rules['*']}, expected a sparsity to spread")
+    return plan, frozenset(name for name in plan if winning_pattern(rules, name) == "*")
+
+
+def _by_outliers(job: Job, shared: frozenset[str]) -> dict[str, float]:
+    """Sparsity of each of the layers that share the one asked for."""
+    assert isinstance(job.amount, float)
+    return owl.allocate(
+        job,
+        shared,
+        job.amount,
+        job.options.owl_threshold or owl.THRESHOLD,
+        job.options.owl_lambda or owl.LAMBDA,
+    )
 
 
 def _check_patterns(asked: Mapping[str, tuple[int, Amount]]) -> None:

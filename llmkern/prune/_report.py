@@ -97,7 +97,8 @@ class PruneReport:
         removed_blocks: decoder blocks that are gone, by their old numbers.
         notes: what to know of the result, one sentence each.
         recovery_loss: loss of each step of the training after pruning, in nats per token.
-        seconds: in all, calibration included.
+        seconds: in all, calibration included; of a resumed run, also those that led to the last block
+            that it found finished.
     """
 
     method: str

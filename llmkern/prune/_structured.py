@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern._drive import Work, check_values
-from llmkern.calibrate import Block, walk
+from llmkern._drive import Lines, Work, check_values
+from llmkern.calibrate import Block, visit, walk
 from llmkern.masks import kept_mask, record_pruning, recorded_layers, zero_fraction
 from llmkern.models import (
     Units,
@@ -69,6 +69,8 @@ def prune_units(
     model, options, report = job.model, job.options, job.report
     check_job(job)
     layers = layers or find_layers(model, kinds, options.round_to)
+    if job.journal is None:
+        job.open_journal(calibrated=options.calibrated)
     plan = _plan(job, layers, scores)
     config = changed_config(model.config, {} if options.allow_uneven else plan.overrides)
     if options.allow_uneven:
@@ -77,18 +79,18 @@ def prune_units(
     report.notes += plan.notes
     with Work("prune", "pruned", len(plan.counts), progress=job.progress) as work:
         stage = _Stage(job, layers, plan.counts, scores or {}, twins, work)
+        if job.journal is not None:
+            job.journal.note(stage.take, stage.give)
         if options.calibrated:
-            windows = job.windows()
             walk(
                 model,
-                windows,
+                job.windows(),
                 lambda block: stage(block.index, block.module, block),
                 batch_size=job.data.batch_size,
+                journal=job.journal,
             )
         else:
-            with torch.no_grad():
-                for index, module in enumerate(find_blocks(model).modules):
-                    stage(index, module, None)
+            visit(model, lambda index, _, block: stage(index, block, None), journal=job.journal)
     if options.allow_uneven:
         set_widths(model, plan.per_block)
     else:
@@ -100,6 +102,7 @@ def prune_units(
             options,
             batch_size=job.data.batch_size,
             seed=job.data.seed,
+            journal=job.journal,
         )
 
 
@@ -314,6 +317,7 @@ class _Stage:
         self._scores = scores
         self._twins = twins
         self._work = work
+        self._lines = Lines(work, job.report.widths, WidthReport)
 
     def __call__(self, index: int, module: nn.Module, block: Block | None) -> None:
         here = [layer for layer in self._layers if layer.block == index]
@@ -340,6 +344,19 @@ class _Stage:
             )
             self._work.finish(layer.name)
         adopt_settings(module, self._twins[index])
+
+    def take(self, index: int) -> dict[str, Any]:
+        """For the journal: a block's lines, and what the config says of its layers' zeros."""
+        names = {layer.name for layer in self._layers if layer.block == index}
+        recorded = {n: v for n, v in recorded_layers(self._job.model).items() if n in names}
+        return self._lines.take(index) | {"recorded": recorded}
+
+    def give(self, index: int, block: nn.Module, notes: dict[str, Any]) -> None:
+        """Bring back what `take` said of a block whose weights are there again."""
+        self._lines.give(index, block, notes)
+        adopt_settings(block, self._twins[index])
+        if notes["recorded"]:
+            record_pruning(self._job.model, notes["recorded"])
 
     def _thin(
         self, layer: Layer, module: nn.Module, block: Block | None

@@ -5,7 +5,7 @@
     perplexity   blocks without which the perplexity of the calibration text rises the least
 
 Either once, by the scores in the whole model, or one block after the other, each time with the scores
-of what is left.
+of what is left. A run that resumes scores again; only a recovery goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def depth(job: Job) -> None:
     total = len(find_blocks(model))
     candidates = list(range(options.keep_first, total - options.keep_last))
     count = _count(job, candidates)
+    # Which blocks go is only known when all is scored: of this a resumed run has nothing to go on from.
+    job.open_journal(calibrated=True)
     removed: list[int] = []
     rounds = (count if options.iterative else 1) if count else 0
     with Work("prune", "scored", rounds, progress=job.progress) as work:
@@ -101,6 +103,7 @@ def depth(job: Job) -> None:
             options,
             batch_size=job.data.batch_size,
             seed=job.data.seed,
+            journal=job.journal,
         )
 
 

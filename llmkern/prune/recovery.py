@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmkern._journal import Journal
 from llmkern.masks import MaskedParameters, pruned_layers
 from llmkern.models import block_linears, evaluation_mode, find_blocks
 from llmkern.models.linears import transposed
@@ -19,6 +20,7 @@ from llmkern.prune._options import RecoveryOptions
 from llmkern.train import TrainOptions, fit
 
 _WARMUP = 0.1
+_CHECKPOINTS = 10  # of a training, where a journal is kept
 _RATES = {"lora": 1e-4, "full": 1e-5}
 
 
@@ -29,6 +31,7 @@ def recover(
     *,
     batch_size: int = 8,
     seed: int = 0,
+    journal: Journal | None = None,
 ) -> list[float]:
     """Train `model` on next-token prediction, in place, by `llmkern.train.fit`.
 
@@ -41,6 +44,7 @@ def recover(
         options: "lora" or "full", and how long.
         batch_size: windows per step.
         seed: of the order of the windows and of LoRA's start.
+        journal: keeps the state of training, from which a run that resumes goes on.
 
     Returns:
         The training loss of each step, in nats per token.
@@ -61,6 +65,9 @@ def recover(
         batch_size=batch_size,
         warmup=_WARMUP,
         seed=seed,
+        checkpoint=journal.training() if journal else None,
+        checkpoint_every=-(-options.recovery_steps // _CHECKPOINTS) if journal else 0,
+        resume=journal is not None,
     )
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)  # LoRA's matrices are drawn before the loop sets it

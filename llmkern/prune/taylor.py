@@ -70,6 +70,7 @@ def taylor(job: Job) -> None:
     check_job(job)
     options, kinds = job.options, PARTS[job.options.parts]
     layers = find_layers(job.model, kinds, options.round_to)
+    job.open_journal(calibrated=True)
     windows = job.windows()[: options.gradient_samples]
     scores = taylor_scores(job.model, layers, windows, options.taylor)
     prune_units(job, kinds, scores=scores, layers=layers)

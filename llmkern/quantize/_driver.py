@@ -8,11 +8,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from llmkern._drive import Work, for_each_layer, layer_stage, plan_layers, sort_options
+from llmkern._drive import Lines, Work, for_each_layer, layer_stage, plan_layers, sort_options
+from llmkern._journal import Journal, open_journal
 from llmkern.calibrate import Block, HessianStatistic, load_windows, walk
 from llmkern.calibrate.data import Source
 from llmkern.formats.int4 import QuantFormat
@@ -49,6 +51,8 @@ def quantize(
     calibration: Source = None,
     tokenizer: Any = None,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> QuantizeReport:
     """Quantize the linears in the decoder blocks of `model`, in place.
@@ -72,6 +76,10 @@ def quantize(
             that comes with llmkern. Methods without calibration read none.
         tokenizer: needed where the calibration is text.
         progress: show a progress bar with the layer, its loss and the time left.
+        checkpoint: directory for the state of the work, kept after each decoder block; new or empty.
+            The caller deletes it when it is of no more use.
+        resume: the same call, on the same model as it was before, goes on at the block after the last
+            one that `checkpoint` holds, with the same bits as without the interruption.
         options: those of the method (`GptqOptions`: damp, act_order, group_scales, clip_search,
             true_sequential, keep_zeros; `RtnOptions`: clip_search), and for GPTQ those of
             `DataOptions`: samples, seq_len, seed, batch_size.
@@ -81,8 +89,9 @@ def quantize(
 
     Raises:
         ValueError: an unknown method or option, a group size that does not divide a layer's K, a rule
-            that matches nothing, NaN or Inf in a weight (the layer is named), bad calibration data:
-            all before the model is touched. NaN or Inf in a layer's calibration activations.
+            that matches nothing, NaN or Inf in a weight (the layer is named), bad calibration data,
+            a checkpoint that holds state without resume, or of other settings: all before the model is
+            touched. NaN or Inf in a layer's calibration activations.
         NotImplementedError: 8 bits, or an encoder-decoder model.
 
     Warns:
@@ -95,14 +104,8 @@ def quantize(
         model, choose_format(method, bits, group_size, symmetric), dict(rules or {})
     )
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
-    if isinstance(settings, RtnOptions):
-        with _Work(model, plan, report, progress) as work:
-            simple = partial(work.compress, method=partial(rtn, options=settings))
-            for_each_layer(model, plan.__contains__, simple)
-    elif isinstance(settings, TableOptions):
-        with _Work(model, plan, report, progress) as work:
-            for_each_layer(model, plan.__contains__, work.look_up)
-    else:
+    windows: Tensor | None = None
+    if isinstance(settings, GptqOptions):
         windows = load_windows(
             calibration,
             model,
@@ -112,11 +115,36 @@ def quantize(
             seed=data.seed,
         )
         report.tokens, report.window = windows.numel(), windows.shape[1]
-        with _Work(model, plan, report, progress) as work:
-            stage = _gptq_stage(work, settings, windows.numel())
-            walk(model, windows, stage, batch_size=data.batch_size)
-    report.seconds = time.perf_counter() - start
+    asked = {
+        "driver": "quantize",
+        "method": method,
+        "options": report.options,
+        "batch_size": None if windows is None else data.batch_size,
+        "formats": {name: repr(fmt) for name, fmt in plan.items()},
+    }
+    journal = open_journal(model, asked, windows, checkpoint=checkpoint, resume=resume)
+    with _Work(model, plan, report, progress) as work:
+        if journal is not None:
+            lines = Lines(work, report.layers, LayerReport)
+            journal.note(lines.take, lines.give)
+        _run(work, settings, windows, data.batch_size, journal)
+    report.seconds = time.perf_counter() - start + (journal.seconds if journal else 0.0)
     return report
+
+
+def _run(
+    work: _Work, settings: Any, windows: Tensor | None, batch_size: int, journal: Journal | None
+) -> None:
+    """All blocks, by the method that the settings belong to."""
+    if isinstance(settings, RtnOptions):
+        simple = partial(work.compress, method=partial(rtn, options=settings))
+        for_each_layer(work.model, work.plans, simple, journal=journal)
+    elif isinstance(settings, TableOptions):
+        for_each_layer(work.model, work.plans, work.look_up, journal=journal)
+    else:
+        assert windows is not None
+        stage = _gptq_stage(work, settings, windows.numel())
+        walk(work.model, windows, stage, batch_size=batch_size, journal=journal)
 
 
 def _gptq_stage(work: _Work, settings: GptqOptions, tokens: int) -> Callable[[Block], None]:

@@ -69,7 +69,8 @@ class QuantizeReport:
         window: tokens per calibration window.
         layers: one line per quantized layer, in the order of the work.
         dense: why each layer inside the blocks that stayed dense did so, by full name.
-        seconds: in all, calibration included.
+        seconds: in all, calibration included; of a resumed run, also those that led to the last block
+            that it found finished.
     """
 
     method: str
