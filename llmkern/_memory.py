@@ -34,10 +34,11 @@ def empty_huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     region = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     try:
-        region.madvise(mmap.MADV_HUGEPAGE)
+        # Not for what is left at the end: a page is taken whole.
+        region.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
     except OSError:  # the kernel was built without them
         return torch.empty(shape, dtype=dtype)
-    whole = torch.frombuffer(region, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size].view(dtype).view(*shape)
+    tensor = torch.frombuffer(region, dtype=dtype, offset=start, count=size // dtype.itemsize)
+    return tensor.view(*shape)

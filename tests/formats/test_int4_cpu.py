@@ -92,3 +92,8 @@ def test_memory_behaves_as_any_tensors(size):
 
 def test_huge_memory_is_aligned_to_its_pages():
     assert empty_huge((HUGE_PAGE + 1,), torch.uint8).data_ptr() % HUGE_PAGE == 0
+
+
+def test_huge_memory_counts_as_what_it_holds():
+    t = empty_huge((HUGE_PAGE + 1,), torch.uint8)
+    assert t.untyped_storage().nbytes() == t.nbytes
