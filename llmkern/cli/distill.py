@@ -47,7 +47,7 @@ def distill(
             help="Directory of the teacher, packed or not; none where answers come from a file.",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="soft, hidden or sequence.")] = "soft",
+    method: Annotated[str, typer.Option(help="soft, hidden, gkd, minillm or sequence.")] = "soft",
     student: Annotated[
         str | None,
         typer.Option(help="Directory of the student; else one is made from the teacher."),
@@ -70,8 +70,10 @@ def distill(
     samples: Annotated[int, typer.Option(help="Most windows of the data to train on.")] = 4096,
     seq_len: SeqLen = None,
     alpha: Annotated[float, typer.Option(help="Weight of the teacher against the data.")] = 0.5,
-    temperature: Annotated[float, typer.Option(help="Of both softmaxes.")] = 2.0,
-    divergence: Annotated[str, typer.Option(help="forward_kl, reverse_kl or jsd.")] = "forward_kl",
+    temperature: Annotated[float, typer.Option(help="Of both softmaxes; 2, for gkd 1.")] = 2.0,
+    divergence: Annotated[
+        str, typer.Option(help="forward_kl, reverse_kl or jsd; forward_kl, for gkd jsd.")
+    ] = "forward_kl",
     beta: Annotated[float, typer.Option(help="Of jsd.")] = 0.5,
     hidden_weight: Annotated[
         float, typer.Option(help="Method hidden: weight of the hidden states.")
@@ -101,7 +103,9 @@ def distill(
     top_p: Annotated[
         float, typer.Option(help="Draw from the likeliest tokens of this probability together.")
     ] = 1.0,
-    stop: Annotated[str | None, typer.Option(help="Text before which an answer ends.")] = None,
+    stop: Annotated[
+        str | None, typer.Option(help="Text before which a teacher's answer ends.")
+    ] = None,
     answer_pattern: Annotated[
         str | None,
         typer.Option(help="Regular expression: train on what its last match (group 1) holds."),
@@ -110,6 +114,29 @@ def distill(
         bool,
         typer.Option("--chat-template", help="Put prompts into the tokenizers' chat template."),
     ] = False,
+    prompt_len: Annotated[
+        int | None,
+        typer.Option(help="Methods gkd, minillm: without --prompts, tokens of a window; 32."),
+    ] = None,
+    on_policy: Annotated[
+        float, typer.Option(help="Method gkd: fraction of the steps on the student's own samples.")
+    ] = 0.5,
+    teacher_mix: Annotated[
+        float, typer.Option(help="Method minillm: share of the teacher in what is sampled from.")
+    ] = 0.2,
+    importance: Annotated[
+        str, typer.Option(help="Method minillm: weights of each token or of the sequence.")
+    ] = "token",
+    max_weight: Annotated[float, typer.Option(help="Method minillm: largest of them.")] = 10.0,
+    length_norm: Annotated[
+        bool, typer.Option(help="Method minillm: rewards per token that earns them.")
+    ] = True,
+    lm_weight: Annotated[
+        float, typer.Option(help="Method minillm: weight of the cross-entropy on the data.")
+    ] = 1.0,
+    refresh: Annotated[
+        int, typer.Option(help="Method minillm: steps that train on the same samples.")
+    ] = 1,
     steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 500,
     lr: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Windows per forward and process.")] = 8,

@@ -2,14 +2,18 @@
 
 from llmkern.distill._driver import METHODS, DistillReport, distill
 from llmkern.distill._student import make_student
+from llmkern.distill.gkd import GkdOptions
 from llmkern.distill.hidden import HiddenOptions
+from llmkern.distill.minillm import MiniLlmOptions
 from llmkern.distill.sequence import SequenceOptions
 from llmkern.distill.soft import SoftOptions
 
 __all__ = [
     "METHODS",
     "DistillReport",
+    "GkdOptions",
     "HiddenOptions",
+    "MiniLlmOptions",
     "SequenceOptions",
     "SoftOptions",
     "distill",

@@ -14,7 +14,9 @@ from llmkern.calibrate.data import Source
 from llmkern.distill._distiller import Distiller
 from llmkern.distill._plan import Job, Plan
 from llmkern.distill._student import is_dense
+from llmkern.distill.gkd import GkdOptions, plan_gkd
 from llmkern.distill.hidden import HiddenOptions
+from llmkern.distill.minillm import MiniLlmOptions, plan_minillm
 from llmkern.distill.sequence import SequenceOptions, plan_sequence
 from llmkern.distill.soft import SoftOptions
 from llmkern.masks import keep_masks, pruned_layers
@@ -56,11 +58,13 @@ def _plan_windows(job: Job, options: SoftOptions) -> Plan:
 _METHODS: dict[str, tuple[type, Callable[[Job, Any], Plan]]] = {
     "soft": (SoftOptions, _plan_windows),
     "hidden": (HiddenOptions, _plan_windows),
+    "gkd": (GkdOptions, plan_gkd),
+    "minillm": (MiniLlmOptions, plan_minillm),
     "sequence": (SequenceOptions, plan_sequence),
 }
 METHODS: dict[str, type] = {name: options for name, (options, _) in _METHODS.items()}
 
-_WITH_DATA = ("soft", "hidden")
+_WITH_DATA = ("soft", "hidden", "gkd", "minillm")
 # Options that say where something lies, not what is done.
 _PLACES = ("prompts", "answers")
 
@@ -87,7 +91,9 @@ def distill(
         teacher: any transformers causal language model, packed or pruned ones too; only read. None for
             "sequence" on answers that are in a file.
         method: "soft" (cross-entropy and a divergence of the logits), "hidden" (and hidden states,
-            attention maps) or "sequence" (the teacher's answers as text).
+            attention maps), "gkd" (a divergence of the logits on the student's own samples), "minillm"
+            (reverse KL of these samples by policy gradient) or "sequence" (the teacher's answers as
+            text).
         data: text, path, tokens or dataset (see `llmkern.calibrate.data`); None takes the text that
             comes with llmkern. Not for "sequence", which has prompts and answers.
         tokenizer: the student's; needed where the data is text.
@@ -97,8 +103,8 @@ def distill(
         samples: most windows to train on; None: 4096.
         progress: show a progress bar.
         keep_zeros: the zeros of a student's pruned layers stay zero (see `llmkern.keep_masks`).
-        options: those of the method (`SoftOptions`, `HiddenOptions`, `SequenceOptions`) and of
-            `llmkern.train.TrainOptions`.
+        options: those of the method (`SoftOptions`, `HiddenOptions`, `GkdOptions`, `MiniLlmOptions`,
+            `SequenceOptions`) and of `llmkern.train.TrainOptions`.
 
     Returns:
         The report.
@@ -107,9 +113,10 @@ def distill(
         ValueError: an unknown method or option or one out of range, different tokenizers or
             vocabularies, a student with packed layers, bad data, a checkpoint of other settings.
         FloatingPointError: the loss became NaN; the last checkpoint is left alone.
+        NotImplementedError: checkpoints or sampling from the student under FSDP.
 
     Source: Hinton et al. 2015, arXiv 1503.02531; Kim & Rush 2016, arXiv 1606.07947 (sequence level);
-    Gu et al. 2023, arXiv 2306.08543 (reverse KL); Agarwal et al. 2023, arXiv 2306.13649 (JSD).
+    Gu et al. 2023, arXiv 2306.08543 (MiniLLM); Agarwal et al. 2023, arXiv 2306.13649 (GKD).
     """
     settings, training = sort_options(method, METHODS, options, TrainOptions)
     if not is_dense(student):

@@ -56,8 +56,28 @@ def test_narrow_student_from_answers_then_again_from_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gkd", {"on_policy": 1.0, "prompt_len": 4, "divergence": "reverse_kl"}),
+        ("minillm", {"teacher_mix": 0.5, "length_norm": False, "importance": "sequence"}),
+    ],
+)
+def test_on_policy_methods_get_their_options(method, options, tmp_path):
+    given = ["--method", method, *SHORT, "--seq-len", 40, "--max-new-tokens", 3]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        given += [f"--no-{flag}"] if value is False else [f"--{flag}", value]
+    result = run("-o", tmp_path / "out", *given)
+    assert result.exit_code == 0, result.output
+    used = report(tmp_path / "out")["options"]
+    assert used.items() >= options.items()
+    assert used["max_new_tokens"] == 3
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--method", "gkd", "--teacher-mix", 0.5], "teacher_mix: not an option of method 'gkd'"),
         (["--student", "x", "--student-layers", 0.5], "got both, expected one of them"),
         (["--hidden-weight", 2.0, "--steps", 1], "hidden_weight: not an option of method 'soft'"),
         (["--prompts", "x", "--steps", 1], "prompts: not an option of method 'soft'"),

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from two_processes import run_in_two_processes
 
 from llmkern.train import Lion, Place, TrainOptions, fit
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Model(nn.Module):
@@ -262,39 +257,17 @@ def test_nothing_to_train_is_refused():
 
 
 SCRIPT = """
-import dataclasses, json, sys
-sys.path[:0] = [{root!r}, {here!r}]
+sys.path.insert(0, {here!r})
+import dataclasses, json
 import test_loop as t
-report = t.fit(t.Model(), t.data(), dataclasses.replace(t.OPTIONS, batch_size={size}))
+report = t.fit(t.Model(), t.data(), dataclasses.replace(t.OPTIONS, batch_size=2))
 print("LOSSES", json.dumps(t.losses(report)), flush=True)
 """
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    script = tmp_path / "train.py"
-    here = str(Path(__file__).parent)
-    script.write_text(SCRIPT.format(root=str(ROOT), here=here, size=2))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # On CPUs accelerate leaves the starting of several processes to MPI, which sets these.
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    runs = [
-        subprocess.Popen(
-            [*command, str(script)],
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [run.communicate(timeout=300) for run in runs]
+    outputs = run_in_two_processes(SCRIPT.format(here=str(Path(__file__).parent)), tmp_path)
     one = losses(fit(Model(), data(), dataclasses.replace(OPTIONS, batch_size=4)))
-    for run, (out, error) in zip(runs, outputs, strict=True):
-        assert run.returncode == 0, error[-2000:]
+    for out in outputs:
         line = next(line for line in out.splitlines() if line.startswith("LOSSES"))
         assert json.loads(line.removeprefix("LOSSES")) == pytest.approx(one, rel=1e-4)
