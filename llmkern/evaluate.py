@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.calibrate.data import Source, load_tokens
-from llmkern.models import evaluation_mode
+from llmkern.models import cache_name, evaluation_mode
 from llmkern.nn import PackedLinear
 
 # Logits are turned into float32 log-probabilities this many elements at a time (64 MiB).
@@ -203,15 +203,16 @@ def _speeds(model: nn.Module, window: Tensor) -> tuple[float, float]:
 
     prompt = window[:, : max(1, min(_DECODE_PROMPT, window.shape[1] // 2))]
     output = prefill(prompt)
+    name = cache_name(model)
     steps = []
     # Prompt and steps fit the window, and so the model's context.
     for _ in range(min(64, window.shape[1] - prompt.shape[1])):
         token = output.logits[:, -1:].argmax(-1)
-        cache = output.past_key_values
+        cache = {name: getattr(output, name)}
 
-        def decode(token: Tensor = token, cache: Any = cache) -> None:
+        def decode(token: Tensor = token, cache: dict[str, Any] = cache) -> None:
             nonlocal output
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            output = model(input_ids=token, use_cache=True, **cache)
 
         steps.append(_timed(decode, window.device))
     return prefill_rate, 1 / median(steps[len(steps) // 8 :])

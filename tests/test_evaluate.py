@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import math
 import sys
 from types import SimpleNamespace
@@ -203,3 +205,19 @@ def test_bad_requests_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, data, speed=False, **options)
+
+
+def test_the_cache_goes_by_the_name_that_the_model_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Under its old name transformers takes it, too, but warns.
+    model, used = tiny(), set()
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        used.update(kwargs)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    evaluate(model, torch.randint(0, VOCAB, (1, 48)))
+    known = inspect.signature(forward).parameters
+    assert ({"cache", "past_key_values"} & used) == ({"cache", "past_key_values"} & set(known))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmkern.models import context_length, evaluation_mode, vocabulary_size
+from llmkern.models import cache_name, context_length, evaluation_mode, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,7 @@ class _Reader:
         self._ids = new if self._ids is None else torch.cat([self._ids, new], 1)
         fed = self._ids if self._cache is None else new
         extra: dict[str, Any] = {"use_cache": True, "attention_mask": mask}
-        # Newer versions of transformers have renamed it.
-        name = "cache" if "cache" in self._known else "past_key_values"
+        name = cache_name(self.model)
         if self._cache is not None:
             extra[name] = self._cache
         if "position_ids" in self._known:

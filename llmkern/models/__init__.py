@@ -3,6 +3,7 @@
 from llmkern.models.blocks import (
     DecoderBlocks,
     block_linears,
+    cache_name,
     context_length,
     evaluation_mode,
     find_blocks,
@@ -29,6 +30,7 @@ __all__ = [
     "Units",
     "adopt_settings",
     "block_linears",
+    "cache_name",
     "changed_config",
     "context_length",
     "evaluation_mode",

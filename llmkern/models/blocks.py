@@ -7,6 +7,7 @@ dense matrix below them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,12 @@ def block_linears(block: nn.Module) -> dict[str, nn.Module]:
         for name, module in find_linears(block).items()
         if module._parameters.get("weight") is not None and id(module) not in uncalled
     }
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model calls its cache, as an argument and in its output: transformers 5.24 renamed it."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def context_length(model: nn.Module) -> int | None:
