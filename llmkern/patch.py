@@ -259,8 +259,8 @@ def expand_packed(model: nn.Module) -> list[str]:
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     for name, module in packed.items():
         model.set_submodule(name, module.to_linear())
-    if packed:
-        record_formats(model)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        del model.config.quantization_config  # type: ignore[union-attr]
     return list(packed)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     name="llmkern",
@@ -54,10 +57,7 @@ def open_model(
     import llmkern
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # the command shows its own
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in kinds:
-        raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(kinds)}")
-    model: Any = llmkern.load(model_dir, dtype=kinds[dtype] if dtype else "auto")
+    model: Any = llmkern.load(model_dir, dtype=parse_dtype(dtype) or "auto")
     if sparse:
         from llmkern.hf import accelerate_sparse
 
@@ -65,6 +65,16 @@ def open_model(
         if found:
             notes.print(f"{model_dir}: {found}; --dense turns this off", highlight=False)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype that --dtype names, or None where it is not given."""
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in kinds:
+        raise ValueError(f"--dtype: got {name!r}, expected one of {', '.join(kinds)}")
+    return kinds[name] if name else None
 
 
 def open_tokenizer(model_dir: str) -> Any:

@@ -70,7 +70,7 @@ def save(
     for module in packed:
         # The tensors to be written take the kernel layout's place instead of lying beside it.
         module.restore()
-    with _replacing(target) as partial:
+    with replacing(target) as partial:
         _check_space(model, partial)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -135,7 +135,7 @@ def _check_space(model: nn.Module, directory: Path) -> None:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A new directory that becomes `target` when the block ends well and vanishes when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(target, "partial")

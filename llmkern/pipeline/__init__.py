@@ -2,14 +2,17 @@
 
 from llmkern.pipeline.recipe import default_recipe, dump_recipe, load_recipe, parse_recipe
 from llmkern.pipeline.records import PipelineReport, StageRecord
+from llmkern.pipeline.run import Pipeline, RunOptions
 from llmkern.pipeline.stages import STAGES, Distill, Prune, Quantize
 
 __all__ = [
     "STAGES",
     "Distill",
+    "Pipeline",
     "PipelineReport",
     "Prune",
     "Quantize",
+    "RunOptions",
     "StageRecord",
     "default_recipe",
     "dump_recipe",

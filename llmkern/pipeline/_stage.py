@@ -31,8 +31,7 @@ class Context:
         calibration: source of the run, for stages without one of their own.
         original: returns the model that the run began with, which no stage may change.
         load: returns the model of a directory, and its tokenizer or None.
-        checkpoint: directory for the state of unfinished work.
-        resume: go on from that state.
+        checkpoint: directory for the state of unfinished work, and perhaps with some from before.
         progress: show progress bars.
         notes: what a stage had to do that nobody asked for.
     """
@@ -43,13 +42,12 @@ class Context:
     original: Callable[[], Any]
     load: Callable[[str], tuple[Any, Any]]
     checkpoint: Path | None = None
-    resume: bool = False
     progress: bool = False
     notes: list[str] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """Options of a driver that can go on where it was."""
-        return {"checkpoint": self.checkpoint, "resume": self.resume}
+        """Options of a driver that goes on where it was, if it was."""
+        return {"checkpoint": self.checkpoint, "resume": self.checkpoint is not None}
 
     def expand_packed(self, why: str) -> None:
         """Make packed layers of the model dense, and note that it was done."""
@@ -136,6 +134,11 @@ class Stage:
     def own_data(self) -> Any:
         """The stage's own source of text or tokens, None where it takes the run's."""
         return self.options.get("calibration")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Options that name a file which the stage writes, not one that it reads."""
+        return ()
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do it to `context.model`; the driver's report, ready for JSON."""

@@ -28,6 +28,8 @@ from llmkern.quantize.tables import TableOptions
 from llmkern.train import TrainOptions
 
 CURRENT, ORIGINAL = "current", "original"
+# Checkpoints of a training, where a recipe does not say how often.
+_CHECKPOINTS = 20
 
 
 class Prune(Stage):
@@ -115,7 +117,7 @@ class Prune(Stage):
             options.setdefault("bias_compensation", False)
         if self.needs_calibration:
             options |= {"calibration": self._source(context), "tokenizer": context.tokenizer}
-        options["progress"] = context.progress
+        options |= {"progress": context.progress, **context.state()}
         return prune(context.model, self.method, **options).to_dict()
 
 
@@ -192,7 +194,7 @@ class Quantize(Stage):
         options = {k: v for k, v in self.options.items() if k not in ("calibration", "rules")}
         if self.needs_calibration:
             options |= {"calibration": self._source(context), "tokenizer": context.tokenizer}
-        options["progress"] = context.progress
+        options |= {"progress": context.progress, **context.state()}
         report = quantize(context.model, self.method, rules=self._formats(), **options)
         return report.to_dict()
 
@@ -210,12 +212,12 @@ class Distill(Stage):
     """`llmkern.distill` as a stage: `Distill("soft", student={"layers": 0.5}, steps=500)`.
 
     Options beside those of `llmkern.distill` and its training:
-        student: {"layers": fraction, number or list of blocks, "ratio": fraction of the neurons that go},
-            made from the model as the stages before left it, packed layers expanded; the directory of
+        student: {"layers": fraction, number or list of blocks, "width": fraction of the neurons that
+            stay}, made by `make_student` from the model as the stages before left it; the directory of
             another model; or "current", that model itself. {"layers": 0.5} by default.
         teacher: "current", the model as the stages before left it, or "original", the one that the
             run began with; by default current, and for the student "current" the original.
-        data: text or tokens to train on; the run's calibration by default.
+        data: text or tokens to train on (and to choose neurons by); the run's calibration by default.
     """
 
     name = "distill"
@@ -226,11 +228,14 @@ class Distill(Stage):
         training = class_options(TrainOptions, STATE)
         own = {"student": str | Mapping[str, Any], "teacher": str, "data": SOURCE}
         known = driver_options(distill, (*GIVEN, *STATE)) | class_options(DISTILL_METHODS[method])
-        return known | training | own
+        known |= training | own
+        if "answers" in known:
+            del known["samples"]  # it trains on answers, not on windows
+        return known
 
     def _plainer(self, name: str, value: Any) -> Any:
         if name == "student" and isinstance(value, Mapping):
-            kinds = {"layers": float | int | list[int], "ratio": float}
+            kinds = {"layers": float | int | list[int], "width": float}
             try:
                 check_names(value, kinds)
                 return {key: plain(key, item, kinds[key]) for key, item in value.items()}
@@ -241,7 +246,8 @@ class Distill(Stage):
     def _check(self) -> None:
         outside = (*driver_options(distill, ()), "student", "teacher")
         options = {k: v for k, v in self.options.items() if k not in outside}
-        sort_options(self.method, DISTILL_METHODS, options, TrainOptions)
+        # Without a checkpoint, how often one is written would be refused.
+        sort_options(self.method, DISTILL_METHODS, {**options, "checkpoint": "."}, TrainOptions)
         self._check_student()
         if self.options.get("teacher", CURRENT) not in (CURRENT, ORIGINAL):
             raise ValueError(
@@ -259,12 +265,12 @@ class Distill(Stage):
             if student != CURRENT and not Path(student).is_dir():
                 raise ValueError(
                     f"student: got {student!r}, expected a model directory, {CURRENT!r}, or a mapping "
-                    "with layers, ratio"
+                    "with layers, width"
                 )
             return
         if not student:
-            raise ValueError("student: got an empty mapping, expected layers, ratio or both")
-        layers, ratio = student.get("layers", 1.0), student.get("ratio", 0.0)
+            raise ValueError("student: got an empty mapping, expected layers, width or both")
+        layers, width = student.get("layers", 1.0), student.get("width", 1.0)
         fraction = isinstance(layers, float)
         if not isinstance(layers, list) and (layers <= 0 or (fraction and layers > 1)):
             raise ValueError(
@@ -273,7 +279,8 @@ class Distill(Stage):
             )
         if isinstance(layers, list) and (not layers or layers != sorted(set(layers))):
             raise ValueError(f"student.layers: got {layers}, expected rising numbers of blocks")
-        check_fraction(ratio, "student.ratio")
+        if not 0 < width <= 1:
+            raise ValueError(f"student.width: got {width}, expected a fraction in (0, 1]")
 
     @property
     def student(self) -> str | dict[str, Any]:
@@ -288,8 +295,21 @@ class Distill(Stage):
         return str(self.options.get("teacher", default))
 
     @property
+    def _reads_windows(self) -> bool:
+        """Whether it trains on windows of text, not on answers or from prompts."""
+        return "answers" not in self._known(self.method) and self.options.get("prompts") is None
+
+    @property
+    def _narrows(self) -> bool:
+        return isinstance(self.student, dict) and self.student.get("width", 1.0) < 1
+
+    @property
     def needs_calibration(self) -> bool:
-        return True
+        return self._reads_windows or self._narrows
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("answers",) if self.options.get("prompts") is not None else ()
 
     @property
     def own_data(self) -> Any:
@@ -300,38 +320,47 @@ class Distill(Stage):
         student = self.student
         if isinstance(student, str):
             return f"distill {self.method} into {CURRENT if student == CURRENT else Path(student).name}"
-        layers, ratio = student.get("layers"), student.get("ratio")
+        layers, width = student.get("layers"), student.get("width")
         parts = []
         if isinstance(layers, float):
-            parts.append(f"{layers * 100:g} % of the blocks")
+            parts.append(f"{layers * 100:g} % of blocks")
         elif layers is not None:
             count = layers if isinstance(layers, int) else len(layers)
             parts.append(f"{count} block{'s' if count > 1 else ''}")
-        if ratio:
-            parts.append(f"{(1 - ratio) * 100:g} % of the neurons")
+        if width is not None:
+            parts.append(f"{width * 100:g} % of neurons")
         return f"distill {self.method} into {', '.join(parts)}"
 
     def run(self, context: Context) -> dict[str, Any]:
-        data, steps = self._source(context), self.options.get("steps", TrainOptions.steps)
         teacher = context.model if self.teacher == CURRENT else context.original()
         teacher_tokenizer = context.tokenizer
         student, tokenizer = self._make(context)
         # A teacher whose place the student takes must not be held by the context, too.
         context.model, context.tokenizer = student, tokenizer
         options = {k: v for k, v in self.options.items() if k not in ("student", "teacher", "data")}
-        if context.checkpoint is not None:
-            options = {"checkpoint_every": max(1, steps // 20), **options, **context.state()}
+        if self._reads_windows:
+            options["data"] = self._source(context)
         report = distill(
             student,
             teacher,
             self.method,
-            data=data,
             tokenizer=tokenizer,
             teacher_tokenizer=teacher_tokenizer,
             progress=context.progress,
+            **self._places(context),
             **options,
         )
         return report.to_dict()
+
+    def _places(self, context: Context) -> dict[str, Any]:
+        """Where the state of the training is kept, and how often, unless the recipe says so."""
+        if context.checkpoint is None:
+            return {}
+        steps = self.options.get("steps", TrainOptions.steps)
+        places = {**context.state(), "checkpoint_every": max(1, steps // _CHECKPOINTS)}
+        if "answers" in self._known(self.method) and self.options.get("prompts") is not None:
+            places["answers"] = context.checkpoint / "answers.jsonl"
+        return {name: value for name, value in places.items() if name not in self.options}
 
     def _make(self, context: Context) -> tuple[Any, Any]:
         """The student and its tokenizer."""
@@ -341,17 +370,13 @@ class Distill(Stage):
         if isinstance(self.student, str):
             student, tokenizer = context.load(self.student)
             return student, tokenizer or context.tokenizer
-        student = make_student(context.model, self.student.get("layers", 1.0))
-        if self.student.get("ratio"):
-            prune(
-                student,
-                "mlp",
-                ratio=self.student["ratio"],
-                calibration=self._source(context),
-                tokenizer=context.tokenizer,
-                seed=self.seed,
-            )
-        return student, context.tokenizer
+        narrow: dict[str, Any] = {}
+        if self._narrows:
+            narrow = {"width": self.student["width"], "seed": self.seed}
+            narrow |= {"calibration": self._source(context), "tokenizer": context.tokenizer}
+        return make_student(
+            context.model, self.student.get("layers", 1.0), **narrow
+        ), context.tokenizer
 
 
 STAGES: dict[str, type[Stage]] = {kind.name: kind for kind in (Prune, Quantize, Distill)}

@@ -1,10 +1,15 @@
-"""A report with everything in it, and names that would break a page that trusted them."""
+"""A tiny model with tokens for it; a report with everything in it, whose names would break a page that
+trusted them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmkern.pipeline import PipelineReport, StageRecord
 
@@ -127,3 +132,38 @@ def sample() -> PipelineReport:
         warnings=[f"an order that costs quality {EVIL}"],
         stages=stages,
     )
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=61,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """Calibration windows, int64 [12, 16]."""
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(0, 61, (12, 16), generator=generator)
+    save_file({"input_ids": windows}, tmp_path / "tokens.safetensors")
+    return tmp_path / "tokens.safetensors"
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    """Evaluation windows, int64 [4, 16]."""
+    generator = torch.Generator().manual_seed(1)
+    windows = torch.randint(0, 61, (4, 16), generator=generator)
+    save_file({"input_ids": windows}, tmp_path / "held_out.safetensors")
+    return tmp_path / "held_out.safetensors"

@@ -43,8 +43,9 @@ def test_recipe_is_what_python_says(tmp_path):
         Quantize(bits=3, group_size=None, rules={"*.o_proj": QuantFormat(4, 64), "*.q_proj": None}),
         Quantize("nf4", group_size=64, rules={"*.o_proj": LutFormat("nf4", 128)}),
         Quantize("rtn", clip_search=True, group_size="auto"),
+        Distill("sequence", prompts=["a", "b"], answers="kept.jsonl", max_new_tokens=5),
         Distill("hidden", student="current", hidden_weight=0.5, lr=1e-5, clip=None),
-        Distill(student={"layers": [0, 2], "ratio": 0.25}, teacher="original", data=["a.txt", "b.txt"]),
+        Distill(student={"layers": [0, 2], "width": 0.75}, teacher="original", data=["a.txt", "b.txt"]),
     ],
     ids=lambda stage: stage.label,
 )  # fmt: skip
@@ -59,7 +60,7 @@ def test_default_recipe_is_prune_quantize_distill():
     assert [stage.name for stage in stages] == ["prune", "quantize", "distill"]
     labels = [stage.label for stage in stages]
     assert labels[:2] == ["prune glu 25 %", "quantize gptq 4 bits"]
-    assert labels[2] == "distill soft into 50 % of the blocks"
+    assert labels[2] == "distill soft into 50 % of blocks"
 
 
 def test_numbers_are_those_of_yaml_1_2():
@@ -135,10 +136,12 @@ BAD = {
     ),
     "- distill: {student: {layers: 1.5}}": "r.yaml:1: distill: student.layers: got 1.5, expected a",
     "- distill: {student: {layers: [2, 1]}}": "r.yaml:1: distill: student.layers: got [2, 1]",
-    "- distill: {student: {ratio: 1}}": "r.yaml:1: distill: student.ratio: got 1.0, expected a fraction",
+    "- distill: {student: {width: 1.5}}": "r.yaml:1: distill: student.width: got 1.5, expected a",
     "- distill: {student: nowhere}": "r.yaml:1: distill: student: got 'nowhere', expected a model",
     "- distill: {student: current, teacher: current}": "r.yaml:1: distill: teacher: got 'current'",
     "- distill: {teacher: me}": "r.yaml:1: distill: teacher: got 'me', expected 'current' or 'original'",
+    "- distill: {method: sequence}": "r.yaml:1: distill: prompts, answers: got neither",
+    "- distill: {method: sequence, answers: a.jsonl, samples: 3}": "r.yaml:1: distill: samples: unknown",
     "- distill: [soft]": "r.yaml:1: distill: got a list, expected its options",
     "- distill:\n    self: 1": "r.yaml:2: distill: self: unknown",
     "- prune: {method: [": "r.yaml:1: got no valid YAML",
@@ -182,6 +185,8 @@ def test_python_says_the_same_of_mistakes():
         (Quantize(), True),
         (Quantize("rtn"), False),
         (Distill(), True),
+        (Distill("sequence", answers="pairs.jsonl"), False),
+        (Distill("sequence", answers="pairs.jsonl", student={"width": 0.5}), True),
     ],
     ids=lambda value: repr(value),
 )

@@ -1,0 +1,107 @@
+"""llmkern compress."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from llmkern.cli.app import Device, DType, Model, app, console, parse_dtype
+
+if TYPE_CHECKING:
+    from llmkern.pipeline import PipelineReport
+
+
+@app.command()
+def compress(
+    model_dir: Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory to write: the model and the report.")
+    ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML list of stages; prune, quantize and distill by default."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text file, token tensor (.pt, .safetensors) or dataset name, for all stages that need "
+            "data; 'builtin' is the text that comes with llmkern."
+        ),
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(help="The same, held out, to measure on; built-in text by default."),
+    ] = None,
+    evaluation_windows: Annotated[int, typer.Option(help="Most windows to measure on.")] = 64,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="To continue in the report; repeatable. From the evaluation by default."),
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Measure tokens per second.")] = True,
+    sensitivity: Annotated[
+        bool, typer.Option(help="Measure what each block's change costs alone.")
+    ] = True,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the run of the same command that OUTPUT holds.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Delete the run or model that OUTPUT holds.")
+    ] = False,
+    dtype: DType = None,
+    device: Device = None,
+) -> None:
+    """Prune, quantize and distill a model by a recipe, and report what each stage bought and cost."""
+    from llmkern.pipeline import Pipeline, default_recipe, load_recipe
+
+    pipeline = Pipeline(default_recipe() if recipe is None else load_recipe(recipe))
+    report = pipeline.run(
+        model_dir,
+        output,
+        calibration=calibration,
+        evaluation=evaluation,
+        evaluation_windows=evaluation_windows,
+        prompts=prompt or None,
+        speed=speed,
+        sensitivity=sensitivity,
+        resume=resume,
+        overwrite=overwrite,
+        dtype=parse_dtype(dtype),
+        device=device,
+        progress=True,
+        command=shlex.join(["llmkern", *sys.argv[1:]]),
+    )
+    console.print(_table(report))
+    console.print(f"saved to {output}, report: {output / 'report.html'}", soft_wrap=True)
+
+
+def _table(report: PipelineReport) -> Table:
+    """One row per stage."""
+    table = Table(box=None, header_style="bold")
+    names = ("parameters", "MB", "perplexity", "KL", "top-1", "prefill/s", "decode/s", "seconds")
+    table.add_column("")
+    for name in (*names, "peak MB"):
+        table.add_column(name, justify="right")
+    for stage in report.stages:
+        found, peak = stage.evaluation, stage.peak_memory_bytes
+        cells = [
+            f"{stage.parameters / 1e6:.2f} M",
+            f"{found['weight_bytes'] / 1e6:.2f}",
+            f"{found['perplexity']:.3f}",
+            _cell(found["kl"], ".4f"),
+            _cell(found["top1_agreement"], ".3f"),
+            _cell(found["prefill_tokens_per_s"], ".0f"),
+            _cell(found["decode_tokens_per_s"], ".0f"),
+            f"{stage.seconds:.1f}",
+            _cell(None if peak is None else peak / 1e6, ".0f"),
+        ]
+        table.add_row(stage.label, *cells)
+    return table
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,439 @@
+"""Run a pipeline: stages in a row, each from the directory of the one before into one of its own.
+
+What a stage gets is always what the stage before has written, read again: so a run that was killed and
+resumed does the same work on the same bits as one that was not, and what is measured is what was saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern import env
+from llmkern.assets import evaluation_text
+from llmkern.calibrate import load_tokens
+from llmkern.calibrate.data import Source
+from llmkern.hf import accelerate_sparse, load, save
+from llmkern.models import vocabulary_size
+from llmkern.pipeline import _fingerprint
+from llmkern.pipeline._directory import RunDirectory
+from llmkern.pipeline._order import order_warnings
+from llmkern.pipeline._peak import PeakMemory
+from llmkern.pipeline._stage import BUILTIN, Context, Stage, source_of
+from llmkern.pipeline.measure import measure, sensitivity
+from llmkern.pipeline.recipe import dump_recipe
+from llmkern.pipeline.records import PipelineReport, StageRecord
+from llmkern.pipeline.report import write_report
+
+ORIGINAL = "original"
+# Windows on which each block's change is measured alone, and prompts of so many tokens to continue.
+_SENSITIVITY_WINDOWS = 8
+_PROMPTS, _PROMPT_TOKENS = 3, 24
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a pipeline is run and measured.
+
+    Attributes:
+        calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`) for the stages that
+            need data and name none; "builtin" is the text that comes with llmkern.
+        evaluation: the same, to measure on, not seen by any stage; None is the held-out text that comes
+            with llmkern.
+        evaluation_windows: at most so many windows of it.
+        tokenizer: of the model; None takes the one in its directory.
+        prompts: to continue in the report; None takes beginnings of evaluation windows.
+        dtype: to load a directory in; None is the checkpoint's own.
+        device: None takes a GPU if there is one.
+        speed: measure tokens per second.
+        sensitivity: measure what each block's change costs alone.
+        progress: say what is being done on standard error, with progress bars.
+        command: for the report; None is the Python call.
+    """
+
+    calibration: Source = None
+    evaluation: Source = None
+    evaluation_windows: int = 64
+    tokenizer: Any = None
+    prompts: Sequence[str] | None = None
+    dtype: torch.dtype | None = None
+    device: str | None = None
+    speed: bool = True
+    sensitivity: bool = True
+    progress: bool = False
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.evaluation_windows < 1:
+            raise ValueError(
+                f"evaluation_windows: got {self.evaluation_windows}, expected at least 1"
+            )
+
+
+class Pipeline:
+    """Stages to be run one after the other."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        """Keep the stages.
+
+        Args:
+            stages: `Prune`, `Quantize`, `Distill`, any of them in any order.
+
+        Raises:
+            ValueError: no stage, or something else among them.
+        """
+        odd = next((stage for stage in stages if not isinstance(stage, Stage)), None)
+        if odd is not None or not stages:
+            got = "none" if odd is None else type(odd).__name__
+            raise ValueError(f"stages: got {got}, expected stages such as Prune('glu', ratio=0.25)")
+        self.stages = list(stages)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({self.stages!r})"
+
+    def run(
+        self,
+        model: Any,
+        output: str | Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> PipelineReport:
+        """Compress a model and measure it before, between and after the stages.
+
+        Args:
+            model: a directory, or a transformers causal language model, which stays as it is.
+            output: directory to be made: the compressed model with the report; below it the model
+                after each stage.
+            resume: go on with the run that `output` holds, if there is one: finished stages are read,
+                the unfinished one continues where its driver's state allows. The result has the same
+                bits as that of a run that was not interrupted.
+            overwrite: delete the run or model that `output` holds.
+            options: see `RunOptions`.
+
+        Returns:
+            The report, which is also written (report.html, report.md, report.json).
+
+        Raises:
+            ValueError: a stage that needs data without any, a model or data that cannot be read, resume
+                with a changed recipe, model, data or setting (shown): all before any work; what a
+                stage's driver refuses.
+            FileExistsError: `output` holds a run, a model or other files.
+            FloatingPointError: a loss became NaN. The stages before it stay, and so does the last
+                checkpoint of the training.
+
+        Warns:
+            UserWarning: an order of stages that costs quality.
+        """
+        settings = RunOptions(**options)
+        where = RunDirectory(Path(output))
+        where.check(resume=resume, overwrite=overwrite)
+        run = _Run(self.stages, _Origin.of(model, settings), where, settings)
+        run.check(output)
+        resumed = where.begin(run.settings(), dump_recipe(self.stages), resume=resume)
+        if resumed:
+            run.say(f"going on with the run in {where.root}")
+        with _quiet_transformers():
+            return run.work(self)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers, which shows one for every file it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The model that a run begins with: in memory, or a directory that is read as often as needed."""
+
+    model: Any
+    directory: Path | None
+    tokenizer: Any
+    dtype: torch.dtype | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: Any, options: RunOptions) -> _Origin:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        if not isinstance(model, str | Path):
+            if options.dtype is not None or options.device is not None:
+                given = "dtype" if options.dtype is not None else "device"
+                raise ValueError(
+                    f"{given}: got one for a model in memory, expected None: it has its own"
+                )
+            place = next(model.parameters()).device
+            return cls(model, None, options.tokenizer, None, place)
+        tokenizer = options.tokenizer or open_tokenizer(Path(model))
+        device = torch.device(options.device or default)
+        return cls(None, Path(model), tokenizer, options.dtype, device)
+
+    def open(self) -> Any:
+        """The model itself, not to be changed."""
+        if self.directory is None:
+            return self.model
+        return load(self.directory, dtype=self.dtype or "auto").to(self.device)  # type: ignore[arg-type]
+
+    def copy(self) -> Any:
+        """The model, to be changed."""
+        return copy.deepcopy(self.model) if self.directory is None else self.open()
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+        if self.directory is not None:
+            return str(self.directory)
+        return str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
+
+    def fingerprint(self) -> str:
+        return _fingerprint.of_model(self.directory or self.model)
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """The tokenizer beside a model, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    if not any(directory.glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+@dataclass
+class _Run:
+    """One call of `Pipeline.run`."""
+
+    stages: list[Stage]
+    origin: _Origin
+    where: RunDirectory
+    options: RunOptions
+    prompts: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Tell the user, if asked to."""
+        if self.options.progress:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+
+    def check(self, output: str | Path) -> None:
+        """Refuse what cannot work, before anything is written.
+
+        Raises:
+            ValueError: see `Pipeline.run`.
+        """
+        source = self.origin.directory
+        if source is not None and source.absolute().is_relative_to(self.where.root):
+            raise ValueError(
+                f"output: got {output}, expected a directory that does not hold the model"
+            )
+        for index, stage in enumerate(self.stages, 1):
+            if stage.needs_calibration and stage.own_data is None:
+                self._check_data(index, stage)
+
+    def _check_data(self, index: int, stage: Stage) -> None:
+        if self.options.calibration is None:
+            raise ValueError(
+                f"calibration: got none for stage {index} ({stage.label}), expected text, tokens or a "
+                f"dataset like those that the model is for, or {BUILTIN!r}, the text that comes with "
+                "llmkern"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        options = self.options
+        dtype = options.dtype
+        return {
+            "recipe": {
+                f"{index}-{stage.name}": {"method": stage.method, **stage.options}
+                for index, stage in enumerate(self.stages, 1)
+            },
+            "model": self.origin.fingerprint(),
+            "calibration": _fingerprint.of_source(source_of(options.calibration)),
+            "evaluation": _fingerprint.of_source(source_of(options.evaluation)),
+            "evaluation_windows": options.evaluation_windows,
+            "prompts": None if options.prompts is None else list(options.prompts),
+            "files": _fingerprint.of_options(self.stages),
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "device": self.origin.device.type,
+        }
+
+    def work(self, pipeline: Pipeline) -> PipelineReport:
+        """Do what is not done yet, publish the last stage and write the report."""
+        options, labels = self.options, [stage.label for stage in self.stages]
+        report = PipelineReport(
+            title=" → ".join(labels),
+            command=options.command or f"{pipeline!r}.run({self.origin.name!r}, ...)",
+            model=self.origin.name,
+            recipe=[stage.to_dict() for stage in self.stages],
+            versions=env.versions(),
+            hardware=env.hardware(),
+            warnings=order_warnings(self.stages),
+        )
+        for text in report.warnings:
+            warnings.warn(text, UserWarning, stacklevel=3)
+        about = {"versions": report.versions, "hardware": report.hardware}
+        report.stages.append(self._original(about))
+        report.prompts = self.prompts
+        for index, stage in enumerate(self.stages, 1):
+            record, notes = self._finished(index, stage, about)
+            report.stages.append(record)
+            report.warnings += [f"stage {index}: {note}" for note in notes]
+        self.where.publish(report.stages[-1].name)
+        write_report(report, self.where.root)
+        return report
+
+    def _original(self, about: dict[str, Any]) -> StageRecord:
+        model = self.origin.open()
+        self.prompts = self._prompts(model)
+        done = self.where.record(ORIGINAL)
+        if done is not None:
+            return done[0]
+        self.say("measuring the original")
+        record = StageRecord(
+            name=ORIGINAL,
+            stage=ORIGINAL,
+            label=ORIGINAL,
+            options={},
+            seed=None,
+            directory=None,
+            disk_bytes=_disk_bytes(self.origin.directory),
+            seconds=0.0,
+            peak_memory_bytes=None,
+            **self._measured(model, self.origin.tokenizer, None),
+        )
+        self.where.write_original(record, about)
+        return record
+
+    def _finished(
+        self, index: int, stage: Stage, about: dict[str, Any]
+    ) -> tuple[StageRecord, list[str]]:
+        """A stage's record and notes, after doing it if that has not been done."""
+        name = f"{index}-{stage.name}"
+        done = self.where.record(name)
+        if done is not None:
+            return done
+        self.say(f"stage {index} of {len(self.stages)}: {stage.label}")
+        with PeakMemory(self.origin.device) as peak:
+            context, driver, seconds = self._drive(index, stage)
+        with self.where.writing(name) as partial:
+            save(context.model, partial, context.tokenizer)
+            tokenizer, context.model = context.tokenizer, None
+            after = self._open(partial)
+            record = StageRecord(
+                name=name,
+                stage=stage.name,
+                label=stage.label,
+                options={"method": stage.method, **stage.options},
+                seed=stage.seed,
+                directory=f"stages/{name}",
+                disk_bytes=_disk_bytes(partial),
+                # The drivers count what a killed run had spent on what it had finished.
+                seconds=max(seconds, float(driver.get("seconds", 0.0))),
+                peak_memory_bytes=peak.bytes or None,
+                driver=driver,
+                sensitivity=self._sensitivity(index, after),
+                **self._measured(after, tokenizer, self.origin.open()),
+            )
+            self.where.write_record(partial, record, context.notes, about)
+        return record, context.notes
+
+    def _drive(self, index: int, stage: Stage) -> tuple[Context, dict[str, Any], float]:
+        """Let a stage work on what the one before has left."""
+        model, tokenizer = self._input(index)
+        context = Context(
+            model=model,
+            tokenizer=tokenizer,
+            calibration=source_of(self.options.calibration),
+            original=self.origin.open,
+            load=lambda directory: (self._open(Path(directory)), open_tokenizer(Path(directory))),
+            checkpoint=self.where.state(f"{index}-{stage.name}"),
+            progress=self.options.progress,
+        )
+        del model
+        on_gpu = self.origin.device.type == "cuda"
+        with torch.random.fork_rng([self.origin.device] if on_gpu else []):
+            torch.manual_seed(stage.seed)
+            start = time.perf_counter()
+            driver = stage.run(context)
+        return context, driver, time.perf_counter() - start
+
+    def _input(self, index: int) -> tuple[Any, Any]:
+        """Model and tokenizer that stage `index` begins with, its to change."""
+        if index == 1:
+            return self.origin.copy(), self.origin.tokenizer
+        before = self.where.stage(f"{index - 1}-{self.stages[index - 2].name}")
+        return self._open(before), open_tokenizer(before)
+
+    def _open(self, directory: Path) -> Any:
+        return load(directory, dtype="auto").to(self.origin.device)  # type: ignore[arg-type]
+
+    def _windows(self, model: Any, tokenizer: Any) -> Tensor:
+        source = source_of(self.options.evaluation)
+        if source is None:
+            source = evaluation_text()
+        windows = load_tokens(source, model, tokenizer, argument="evaluation")
+        return windows[: self.options.evaluation_windows]
+
+    def _prompts(self, model: Any) -> list[str]:
+        """The prompts that were given, or beginnings of evaluation windows."""
+        tokenizer = self.origin.tokenizer
+        if self.options.prompts is not None:
+            return list(self.options.prompts)
+        if tokenizer is None:
+            return []
+        windows = self._windows(model, tokenizer)
+        length = min(_PROMPT_TOKENS, windows.shape[1] // 2)
+        rows = windows[:: max(1, len(windows) // _PROMPTS)][:_PROMPTS, :length]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    def _measured(self, model: Any, tokenizer: Any, reference: Any) -> dict[str, Any]:
+        if reference is not None and vocabulary_size(reference) != vocabulary_size(model):
+            reference = None  # a student with another tokenizer
+        windows = self._windows(model, tokenizer)
+        if model is not self.origin.model:
+            accelerate_sparse(model)  # it runs as llmkern runs it
+        return measure(
+            model,
+            windows,
+            reference,
+            tokenizer=tokenizer,
+            prompts=self.prompts if tokenizer is not None else (),
+            speed=self.options.speed,
+        )
+
+    def _sensitivity(self, index: int, after: Any) -> dict[str, float]:
+        if not self.options.sensitivity:
+            return {}
+        before, tokenizer = (
+            (self.origin.open(), self.origin.tokenizer) if index == 1 else self._input(index)
+        )
+        if vocabulary_size(before) != vocabulary_size(after):
+            return {}
+        windows = self._windows(before, tokenizer)[:_SENSITIVITY_WINDOWS]
+        return sensitivity(before, after, windows)
+
+
+def _disk_bytes(directory: Path | None) -> int:
+    """Of the weights in a model directory; 0 for a model that lies in memory only."""
+    if directory is None:
+        return 0
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
