@@ -40,6 +40,8 @@ class Checkpoint:
         save_file(tensors, self._next / _TENSORS)
         (self._next / _STATE).write_text(json.dumps(state) + "\n")
         if self._newest.exists():
+            # A process that was killed may have left one that was still to be deleted.
+            shutil.rmtree(self._before, ignore_errors=True)
             os.replace(self._newest, self._before)
         os.replace(self._next, self._newest)
         shutil.rmtree(self._before, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,21 @@ def test_kill_between_renames_leaves_the_state_before(tmp_path):
     whole = fit(Model(), data(), options)
     (tmp_path / "newest").rename(tmp_path / "before")
     assert losses(fit(Model(), data(), options)) == losses(whole)
+
+
+def test_kill_before_the_state_before_is_deleted_leaves_a_run_that_goes_on(tmp_path):
+    options = dataclasses.replace(OPTIONS, checkpoint=tmp_path, checkpoint_every=1, resume=True)
+    whole = fit(Model(), data(), dataclasses.replace(options, checkpoint=tmp_path / "other"))
+
+    def kill() -> None:
+        if (tmp_path / "newest").exists():
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(Model(), data(), options, after_step=kill)
+    shutil.copytree(tmp_path / "newest", tmp_path / "before")
+    assert losses(fit(Model(), data(), options)) == losses(whole)
+    assert not (tmp_path / "before").exists()
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
