@@ -33,7 +33,7 @@ _OWN = (
 )
 
 # Methods that have a teacher answer prompts.
-_ANSWERED = ("sequence",)
+_ANSWERED = ("sequence", "in_context")
 
 
 @app.command()
@@ -47,7 +47,9 @@ def distill(
             help="Directory of the teacher, packed or not; none where answers come from a file.",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="soft, hidden, gkd, minillm or sequence.")] = "soft",
+    method: Annotated[
+        str, typer.Option(help="soft, hidden, gkd, minillm, sequence or in_context.")
+    ] = "soft",
     student: Annotated[
         str | None,
         typer.Option(help="Directory of the student; else one is made from the teacher."),
@@ -69,7 +71,9 @@ def distill(
     ] = None,
     samples: Annotated[int, typer.Option(help="Most windows of the data to train on.")] = 4096,
     seq_len: SeqLen = None,
-    alpha: Annotated[float, typer.Option(help="Weight of the teacher against the data.")] = 0.5,
+    alpha: Annotated[
+        float, typer.Option(help="Weight of the teacher's logits; 0.5, for in_context 0.")
+    ] = 0.5,
     temperature: Annotated[float, typer.Option(help="Of both softmaxes; 2, for gkd 1.")] = 2.0,
     divergence: Annotated[
         str, typer.Option(help="forward_kl, reverse_kl or jsd; forward_kl, for gkd jsd.")
@@ -114,6 +118,20 @@ def distill(
         bool,
         typer.Option("--chat-template", help="Put prompts into the tokenizers' chat template."),
     ] = False,
+    demonstrations: Annotated[
+        Path | None,
+        typer.Option(
+            help="Method in_context: .jsonl of prompts and answers, examples for the teacher."
+        ),
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Method in_context: examples before each prompt.")] = 4,
+    demonstration: Annotated[
+        str | None, typer.Option(help="Method in_context: an example, with {prompt} and {answer}.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Method in_context: what the teacher is asked, with {prompt}."),
+    ] = None,
     prompt_len: Annotated[
         int | None,
         typer.Option(help="Methods gkd, minillm: without --prompts, tokens of a window; 32."),

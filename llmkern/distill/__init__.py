@@ -4,6 +4,7 @@ from llmkern.distill._driver import METHODS, DistillReport, distill
 from llmkern.distill._student import make_student
 from llmkern.distill.gkd import GkdOptions
 from llmkern.distill.hidden import HiddenOptions
+from llmkern.distill.in_context import InContextOptions
 from llmkern.distill.minillm import MiniLlmOptions
 from llmkern.distill.sequence import SequenceOptions
 from llmkern.distill.soft import SoftOptions
@@ -13,6 +14,7 @@ __all__ = [
     "DistillReport",
     "GkdOptions",
     "HiddenOptions",
+    "InContextOptions",
     "MiniLlmOptions",
     "SequenceOptions",
     "SoftOptions",

@@ -16,6 +16,7 @@ from llmkern.distill._plan import Job, Plan
 from llmkern.distill._student import is_dense
 from llmkern.distill.gkd import GkdOptions, plan_gkd
 from llmkern.distill.hidden import HiddenOptions
+from llmkern.distill.in_context import InContextOptions, plan_in_context
 from llmkern.distill.minillm import MiniLlmOptions, plan_minillm
 from llmkern.distill.sequence import SequenceOptions, plan_sequence
 from llmkern.distill.soft import SoftOptions
@@ -61,12 +62,13 @@ _METHODS: dict[str, tuple[type, Callable[[Job, Any], Plan]]] = {
     "gkd": (GkdOptions, plan_gkd),
     "minillm": (MiniLlmOptions, plan_minillm),
     "sequence": (SequenceOptions, plan_sequence),
+    "in_context": (InContextOptions, plan_in_context),
 }
 METHODS: dict[str, type] = {name: options for name, (options, _) in _METHODS.items()}
 
 _WITH_DATA = ("soft", "hidden", "gkd", "minillm")
 # Options that say where something lies, not what is done.
-_PLACES = ("prompts", "answers")
+_PLACES = ("prompts", "answers", "demonstrations")
 
 
 def distill(
@@ -92,10 +94,10 @@ def distill(
             "sequence" on answers that are in a file.
         method: "soft" (cross-entropy and a divergence of the logits), "hidden" (and hidden states,
             attention maps), "gkd" (a divergence of the logits on the student's own samples), "minillm"
-            (reverse KL of these samples by policy gradient) or "sequence" (the teacher's answers as
-            text).
+            (reverse KL of these samples by policy gradient), "sequence" (the teacher's answers as
+            text) or "in_context" (its answers in a context that the student does not get).
         data: text, path, tokens or dataset (see `llmkern.calibrate.data`); None takes the text that
-            comes with llmkern. Not for "sequence", which has prompts and answers.
+            comes with llmkern. Not for "sequence" and "in_context", which have prompts and answers.
         tokenizer: the student's; needed where the data is text.
         teacher_tokenizer: the teacher's, by default the student's. If given, checked to be the same
             where logits are compared.
@@ -104,7 +106,7 @@ def distill(
         progress: show a progress bar.
         keep_zeros: the zeros of a student's pruned layers stay zero (see `llmkern.keep_masks`).
         options: those of the method (`SoftOptions`, `HiddenOptions`, `GkdOptions`, `MiniLlmOptions`,
-            `SequenceOptions`) and of `llmkern.train.TrainOptions`.
+            `SequenceOptions`, `InContextOptions`) and of `llmkern.train.TrainOptions`.
 
     Returns:
         The report.
@@ -116,7 +118,8 @@ def distill(
         NotImplementedError: checkpoints or sampling from the student under FSDP.
 
     Source: Hinton et al. 2015, arXiv 1503.02531; Kim & Rush 2016, arXiv 1606.07947 (sequence level);
-    Gu et al. 2023, arXiv 2306.08543 (MiniLLM); Agarwal et al. 2023, arXiv 2306.13649 (GKD).
+    Gu et al. 2023, arXiv 2306.08543 (MiniLLM); Agarwal et al. 2023, arXiv 2306.13649 (GKD); Huang et al.
+    2022, arXiv 2212.10670 (in context).
     """
     settings, training = sort_options(method, METHODS, options, TrainOptions)
     if not is_dense(student):

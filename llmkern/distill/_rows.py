@@ -18,20 +18,20 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def prompt_tokens(tokenizer: Any, prompt: Prompt, chat: bool) -> Tokens:
+def prompt_tokens(tokenizer: Any, prompt: Prompt, chat: bool, then: str = "") -> Tokens:
     """A prompt as a model reads it before it answers.
 
     Args:
         tokenizer: of the model.
         prompt: a text, or the turns of a conversation.
         chat: use the tokenizer's chat template if it has one.
+        then: what the answer has begun with.
 
     Raises:
         ValueError: a conversation without a chat template.
     """
-    return _encode(
-        tokenizer, _prompt_text(tokenizer, prompt, chat), not _templated(tokenizer, chat)
-    )
+    text = _prompt_text(tokenizer, prompt, chat) + then
+    return _encode(tokenizer, text, not _templated(tokenizer, chat))
 
 
 def pair_tokens(tokenizer: Any, pair: Pair, chat: bool) -> tuple[Tokens, Tokens]:

@@ -6,10 +6,10 @@ Nothing of the teacher is needed but its answers, so that it may have another to
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,7 +17,15 @@ from llmkern.distill._answers import Questions, collect_answers, read_answers
 from llmkern.distill._distiller import Distiller
 from llmkern.distill._generate import SamplingOptions
 from llmkern.distill._plan import Job, Plan, main_process_first
-from llmkern.distill._rows import Tokens, has_template, pad_rows, pad_token, pair_tokens, trim
+from llmkern.distill._rows import (
+    Tokens,
+    has_template,
+    pad_rows,
+    pad_token,
+    pair_tokens,
+    prompt_tokens,
+    trim,
+)
 from llmkern.distill._texts import Pair, read_pairs, read_prompts
 from llmkern.distill.soft import SoftOptions
 from llmkern.models import context_length, vocabulary_size
@@ -91,24 +99,26 @@ def plan_sequence(job: Job, options: SequenceOptions) -> Plan:
     Raises:
         ValueError: prompts without a teacher or a tokenizer, bad files, no answer left to train on.
     """
-    pairs = gather(job, options, lambda prompts: prompts)
+    pairs = gather(job, options, lambda prompts: prompts, options.stop)
     notes: list[str] = []
-    texts = [pair for _, pair in extract(pairs, options, notes)]
-    tokens = [pair_tokens(job.tokenizer, pair, options.chat_template) for pair in texts]
-    tokens = fit_rows(job, tokens, notes)
-    data = pad_rows(tokens, pad_token(job.tokenizer))
+    lessons = extract(pairs, options, notes)
+    rows = [pair_tokens(job.tokenizer, pair, options.chat_template) for _, pair in lessons]
+    data = pad_rows(fit_rows(rows, row_limit(job), "prompts", notes), pad_token(job.tokenizer))
     check_vocabulary(job, data)
     module = Distiller(job.student, None, SoftOptions(alpha=0.0), data["input_ids"][:1, :8])
     return Plan(module, data, trim, notes)
 
 
-def gather(job: Job, options: SequenceOptions, extend: Any) -> list[Pair]:
+def gather(
+    job: Job, options: SequenceOptions, extend: Callable[[list[str]], list[str]], stop: str | None
+) -> list[Pair]:
     """Prompts and answers, from the file or the teacher.
 
     Args:
         job: the models and their tokenizers.
         options: see there.
         extend: from the list of prompts to the list of what the teacher is asked.
+        stop: text before which an answer ends.
 
     Raises:
         ValueError: see `plan_sequence`.
@@ -119,6 +129,7 @@ def gather(job: Job, options: SequenceOptions, extend: Any) -> list[Pair]:
     speakers = [job.tokenizer] if options.prompts is None else [job.tokenizer, asked]
     if options.chat_template and not any(map(has_template, speakers)):
         raise ValueError("chat_template: got True, expected a tokenizer that has a chat template")
+    limit = row_limit(job)
     if options.prompts is None:
         assert options.answers is not None
         path = Path(options.answers)
@@ -129,12 +140,17 @@ def gather(job: Job, options: SequenceOptions, extend: Any) -> list[Pair]:
     prompts = read_prompts(options.prompts)
     if job.teacher is None:
         raise ValueError("teacher: got None with prompts, expected a model that answers them")
+    # Now, not after the teacher has answered.
+    bare: list[tuple[Tokens, Tokens]] = [
+        (prompt_tokens(job.tokenizer, text, options.chat_template), []) for text in prompts
+    ]
+    fit_rows(bare, limit, "prompts", [])
     questions = Questions(
         prompts,
         extend(prompts),
         options.answers_per_prompt,
         SamplingOptions(options.max_new_tokens, options.sample_temperature, options.top_p),
-        options.stop,
+        stop,
         options.chat_template,
         job.training.seed,
         options.answer_batch,
@@ -144,68 +160,87 @@ def gather(job: Job, options: SequenceOptions, extend: Any) -> list[Pair]:
         return collect_answers(job.teacher, asked, questions, file, job.progress)
 
 
-def extract(
-    pairs: Sequence[Pair], options: SequenceOptions, notes: list[str]
-) -> list[tuple[Pair, Pair]]:
-    """(As given, as learned) of each pair that can be learned from; notes say what is left out.
+class Lesson(NamedTuple):
+    """What is learned of an answer.
+
+    Attributes:
+        reasons: what stands before it in the teacher's answer and is not learned.
+        pair: the prompt and what is learned.
+    """
+
+    reasons: str
+    pair: Pair
+
+
+def extract(pairs: Sequence[Pair], options: SequenceOptions, notes: list[str]) -> list[Lesson]:
+    """What can be learned of each pair; notes say what is left out.
 
     Raises:
         ValueError: nothing is left.
     """
-    learned, empty, unmatched = [], 0, 0
+    lessons, empty, unmatched = [], 0, 0
     for pair in pairs:
         if not pair.answer.strip():
             empty += 1
             continue
         if options.answer_pattern is None:
-            learned.append((pair, pair))
+            lessons.append(Lesson("", pair))
             continue
         matches = list(re.finditer(options.answer_pattern, pair.answer))
-        found = matches[-1].group(1 if matches[-1].re.groups else 0) if matches else None
-        if not found or not found.strip():
+        group = 1 if matches and matches[-1].re.groups else 0
+        if not matches or not (matches[-1].group(group) or "").strip():
             unmatched += 1
             continue
-        learned.append((pair, Pair(pair.prompt, found, True)))
+        learned = Pair(pair.prompt, matches[-1].group(group), True)
+        lessons.append(Lesson(pair.answer[: matches[-1].start(group)], learned))
     if empty:
         notes.append(f"{empty} of {len(pairs)} answers are empty and were left out")
     if unmatched:
         notes.append(f"{unmatched} of {len(pairs)} answers do not match answer_pattern")
-    if not learned:
+    if not lessons:
         raise ValueError(
             f"answers: got {len(pairs)}, of which {empty} are empty and {unmatched} do not match "
             "answer_pattern, expected some to train on"
         )
-    return learned
+    return lessons
 
 
-def fit_rows(
-    job: Job, tokens: Sequence[tuple[Tokens, Tokens]], notes: list[str]
-) -> list[tuple[Tokens, Tokens]]:
-    """Rows of at most seq_len tokens: answers that are longer are cut, and a note says how many.
+def row_limit(job: Job) -> int | None:
+    """Most tokens of a row: seq_len or the student's context.
 
     Raises:
-        ValueError: seq_len beyond the context, a prompt that leaves no room for an answer.
+        ValueError: seq_len beyond the context.
     """
     context = context_length(job.student)
-    limit = job.seq_len or context
     if job.seq_len is not None and (job.seq_len < 2 or (context and job.seq_len > context)):
         raise ValueError(
             f"seq_len: got {job.seq_len}, expected 2 to the model's context of {context}"
         )
+    return job.seq_len or context
+
+
+def fit_rows(
+    rows: Sequence[tuple[Tokens, Tokens]], limit: int | None, what: str, notes: list[str]
+) -> list[tuple[Tokens, Tokens]]:
+    """Prompts and answers in at most `limit` tokens: answers are cut, and a note says how many.
+
+    Raises:
+        ValueError: a prompt that leaves no room for an answer (`what` says where it is from).
+    """
     if limit is None:
-        return list(tokens)
-    cut, rows = 0, []
-    for i, (prompt, answer) in enumerate(tokens):
+        return list(rows)
+    cut, fitting = 0, []
+    for i, (prompt, answer) in enumerate(rows):
         if not prompt or len(prompt) >= limit:
             raise ValueError(
-                f"prompts: got {len(prompt)} tokens in prompt number {i}, expected 1 to {limit - 1}, "
+                f"{what}: got {len(prompt)} tokens in prompt number {i}, expected 1 to {limit - 1}, "
                 f"which leaves room for an answer in {limit} tokens (seq_len or the context)"
             )
         cut += len(prompt) + len(answer) > limit
-        rows.append((prompt, answer[: limit - len(prompt)]))
+        fitting.append((prompt, answer[: limit - len(prompt)]))
     if cut:
-        notes.append(f"{cut} of {len(tokens)} answers were cut to rows of {limit} tokens")
-    return rows
+        notes.append(f"{cut} of {len(rows)} answers were cut to rows of {limit} tokens")
+    return fitting
 
 
 def check_vocabulary(job: Job, data: dict[str, Tensor]) -> None:

@@ -55,6 +55,29 @@ def test_narrow_student_from_answers_then_again_from_the_file(tmp_path):
     assert report(tmp_path / "b")["windows"] == report(tmp_path / "a")["windows"]
 
 
+def test_in_context_asks_by_examples_and_template(tmp_path):
+    prompts, examples = tmp_path / "prompts.jsonl", tmp_path / "examples.jsonl"
+    prompts.write_text('{"prompt": "def main():\\n"}\n')
+    examples.write_text('{"instruction": "import os", "output": "import sys"}\n')
+    given = ["--method", "in_context", *SHORT, "--prompts", prompts, "--max-new-tokens", 4]
+    given += [
+        "--demonstrations",
+        examples,
+        "--shots",
+        1,
+        "--template",
+        "# {prompt}",
+        "--alpha",
+        0.5,
+    ]
+    given += ["--demonstration", "{prompt}\n{answer}\n\n", "--answers", tmp_path / "kept.jsonl"]
+    result = run("-o", tmp_path / "out", *given)
+    assert result.exit_code == 0, result.output
+    assert report(tmp_path / "out")["options"]["template"] == "# {prompt}"
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 2
+    assert report(tmp_path / "out")["training"]["steps"][0]["metrics"]["kd"] > 0
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [

@@ -9,6 +9,7 @@ import torch
 from tiny_models import WORDS, llama, words
 from two_processes import run_in_two_processes
 
+import llmkern
 from llmkern.distill import GkdOptions, distill
 from llmkern.distill._plan import Job
 from llmkern.distill.gkd import plan_gkd
@@ -109,6 +110,20 @@ def test_accumulation_is_the_larger_batch():
     _, whole = train(batch_size=4)
     _, parts = train(accumulate=2)
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gkd", "minillm"])
+def test_mixed_precision_and_a_packed_teacher_come_close_to_float32(method):
+    def run(precision: str):
+        teacher = llama(intermediate_size=64)
+        llmkern.patch(teacher, llmkern.QuantFormat(4, 32))
+        options = {"data": tokens(), **SAMPLING, **TRAINING, "steps": 1}
+        options |= {"top_p": 0.9, "on_policy": 1.0} if method == "gkd" else {}
+        student = llama(seed=3, initializer_range=0.1)
+        return distill(student, teacher, method, mixed_precision=precision, **options)
+
+    # The same rows are drawn but where two tokens are as good as equally likely.
+    assert losses(run("bf16")) == pytest.approx(losses(run("no")), rel=0.2)
 
 
 class Killed(Exception):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import WORDS, llama, words
+from two_processes import run_in_two_processes
 
 from llmkern.distill import _answers, distill
 from llmkern.distill._rows import pad_rows, pair_tokens, prompt_tokens, trim
@@ -150,13 +152,35 @@ def test_loss_is_that_of_the_answers_alone_whatever_the_padding(tmp_path):
         ids = torch.tensor([words()(f"{prompt} {answer}")["input_ids"]])
         start = len(prompt.split())
         logits = student.eval()(ids).logits[0, start - 1 : -1]
-        total += float(torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum"))
+        ce = torch.nn.functional.cross_entropy(logits.detach(), ids[0, start:], reduction="sum")
+        total += float(ce)
         count += ids.shape[1] - start
     options = {"tokenizer": words(), "answers": path, "steps": 1}
     got = distill(llama(seed=3), None, "sequence", batch_size=2, **options)
     assert losses(got)[0] == pytest.approx(total / count, rel=1e-5)
     parts = distill(llama(seed=3), None, "sequence", batch_size=1, accumulate=2, **options)
     assert losses(parts)[0] == pytest.approx(total / count, rel=1e-5)
+
+
+SCRIPT = """
+import json
+from pathlib import Path
+import test_sequence as t
+print("LOSSES", json.dumps(t.losses(t.ask(Path({path!r}), batch_size=1))), flush=True)
+"""
+
+
+def test_of_two_processes_the_main_one_asks_the_teacher(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    folder = str(Path(__file__).parent)
+    script = f"sys.path.insert(0, {folder!r})\n" + SCRIPT.format(path=str(path))
+    outputs = run_in_two_processes(script, tmp_path)
+    assert len(path.read_text().splitlines()) == 1 + 14
+    one = ask(tmp_path / "again.jsonl", batch_size=2)
+    assert (tmp_path / "again.jsonl").read_text() == path.read_text()
+    for out in outputs:
+        line = next(line for line in out.splitlines() if line.startswith("LOSSES"))
+        assert json.loads(line.removeprefix("LOSSES")) == pytest.approx(losses(one), rel=1e-4)
 
 
 def test_chat_template_is_applied_where_there_is_one():
