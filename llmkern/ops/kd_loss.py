@@ -88,18 +88,27 @@ BACKENDS = (
 )
 
 
-def _check(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    alpha: float,
-    temperature: float,
-    divergence: str,
-    beta: float,
-) -> None:
+class _Call(NamedTuple):
+    hidden: Tensor
+    head: Tensor
+    labels: Tensor | None
+    teacher_logits: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_head: Tensor | None
+    alpha: float
+    temperature: float
+    divergence: str
+    beta: float
+    ignore_index: int
+    num_items: float | None
+    need_hidden: bool
+    need_head: bool
+
+
+def _check(call: _Call) -> None:
+    hidden, head, labels, *_ = call
+    teacher_hidden, teacher_head = call.teacher_hidden, call.teacher_head
+    teacher_logits, alpha = call.teacher_logits, call.alpha
     op, dtypes = "kd_loss", (*FLOATS, torch.float64)
     expect(hidden.dim() == 2 and hidden.dtype in dtypes, op, "hidden", hidden, "float [T, D]")
     T, D = hidden.shape
@@ -113,12 +122,16 @@ def _check(
         raise ValueError(f"{op}: alpha: got {alpha}, expected a weight in [0, 1]")
     if alpha < 1 and labels is None:
         raise ValueError(f"{op}: labels: got None with alpha = {alpha}, expected int64 [{T}]")
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature: got {temperature}, expected a positive number")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"{op}: divergence: got {divergence!r}, expected one of {DIVERGENCES}")
-    if divergence == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"{op}: beta: got {beta}, expected a weight in (0, 1)")
+    if not call.temperature > 0:
+        raise ValueError(f"{op}: temperature: got {call.temperature}, expected a positive number")
+    if call.divergence not in DIVERGENCES:
+        raise ValueError(
+            f"{op}: divergence: got {call.divergence!r}, expected one of {DIVERGENCES}"
+        )
+    if call.divergence == "jsd" and not 0 < call.beta < 1:
+        raise ValueError(f"{op}: beta: got {call.beta}, expected a weight in (0, 1)")
+    if call.num_items is not None and not call.num_items > 0:
+        raise ValueError(f"{op}: num_items: got {call.num_items}, expected a positive number")
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError(f"{op}: teacher_hidden, teacher_head: got only one of them, expected both")
     teachers = (teacher_logits is not None) + (teacher_hidden is not None)
@@ -153,88 +166,45 @@ def _check_labels(labels: Tensor | None, V: int, ignore_index: int) -> None:
         )
 
 
-def _fake(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    alpha: float,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    ignore_index: int,
-    num_items: float | None,
-    need_hidden: bool,
-    need_head: bool,
-) -> _Five:
-    teacher = (teacher_logits, teacher_hidden, teacher_head)
-    _check(hidden, head, labels, *teacher, alpha, temperature, divergence, beta)
-    if num_items is not None and not num_items > 0:
-        raise ValueError(f"kd_loss: num_items: got {num_items}, expected a positive number")
+def _fake(*arguments: Any) -> _Five:
+    call = _Call(*arguments)
+    _check(call)
+    hidden, head = call.hidden, call.head
     work = torch.promote_types(hidden.dtype, torch.float32)
     loss, ce, kd = (hidden.new_empty((), dtype=work) for _ in range(3))
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
-    return loss, ce, kd, grad_hidden, head.new_empty(head.shape if need_head else 0)
+    grad_hidden = hidden.new_empty(hidden.shape if call.need_hidden else 0)
+    return loss, ce, kd, grad_hidden, head.new_empty(head.shape if call.need_head else 0)
 
 
-def _run(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    alpha: float,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    ignore_index: int,
-    num_items: float | None,
-    need_hidden: bool,
-    need_head: bool,
-) -> _Five:
-    teacher = (teacher_logits, teacher_hidden, teacher_head)
-    rule = (alpha, temperature, divergence, beta)
-    outputs = _fake(
-        hidden,
-        head,
-        labels,
-        *teacher,
-        alpha,
-        temperature,
-        divergence,
-        beta,
-        ignore_index,
-        num_items,
-        need_hidden,
-        need_head,
-    )
+def _run(*arguments: Any) -> _Five:
+    call = _Call(*arguments)
+    outputs = _fake(*call)
     loss, ce, kd, grad_hidden, grad_head = outputs
+    hidden, head, labels, teacher_logits, *_ = call
+    rule = (call.alpha, call.temperature, call.divergence, call.beta)
     T, V = len(hidden), len(head)
-    _check_labels(labels, V, ignore_index)
-    counts = hidden.new_ones(T, dtype=torch.bool) if labels is None else labels != ignore_index
-    if num_items is None:
+    _check_labels(labels, V, call.ignore_index)
+    counts = hidden.new_ones(T, dtype=torch.bool) if labels is None else labels != call.ignore_index
+    if call.num_items is None:
         scale = 1 / counts.sum().clamp(min=1).to(loss.dtype)
     else:
-        scale = torch.full_like(loss, 1 / num_items)
+        scale = torch.full_like(loss, 1 / call.num_items)
     # Chunks add up in float32: a sum kept in 16 bits would lose the later ones.
-    head_sum = torch.zeros_like(head, dtype=loss.dtype) if need_head else None
+    head_sum = torch.zeros_like(head, dtype=loss.dtype) if call.need_head else None
     total = hidden.new_zeros(2, dtype=loss.dtype)
     rows = max(1, _CHUNK[hidden.device.type] // max(V, 1))
     for start in range(0, T, rows):
         part = slice(start, start + rows)
         logits = hidden[part] @ head.t()
         target = None if teacher_logits is None else teacher_logits[part]
-        if teacher_hidden is not None and teacher_head is not None:
-            target = teacher_hidden[part] @ teacher_head.t()
+        if call.teacher_hidden is not None and call.teacher_head is not None:
+            target = call.teacher_hidden[part] @ call.teacher_head.t()
         sums = total.new_empty(2, len(logits)).zero_()
         own = None if labels is None else labels[part]
         args = (logits, target, own, counts[part], *rule, sums)
         _backends.choose("kd_loss", BACKENDS, *args).launch(*args)
         total += sums.sum(1)
-        if need_hidden:
+        if call.need_hidden:
             torch.mm(logits, head, out=grad_hidden[part])
         if head_sum is not None:
             if head_sum.dtype == logits.dtype:
@@ -243,8 +213,8 @@ def _run(
                 head_sum += logits.t() @ hidden[part]
     torch.mul(total[0], scale, out=ce)
     torch.mul(total[1], scale, out=kd)
-    loss.copy_((1 - alpha) * ce + alpha * temperature**2 * kd)
-    if need_hidden:
+    loss.copy_((1 - call.alpha) * ce + call.alpha * call.temperature**2 * kd)
+    if call.need_hidden:
         grad_hidden *= scale.to(grad_hidden.dtype)
     if head_sum is not None:
         grad_head.copy_(head_sum.mul_(scale))
@@ -259,7 +229,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Five) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 14
+    grads: list[Tensor | None] = [None] * len(_Call._fields)
     if grad is not None:
         for i, saved in enumerate(ctx.saved_tensors):
             if ctx.needs_input_grad[i]:
