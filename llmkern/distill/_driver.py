@@ -144,6 +144,8 @@ def distill(
         kept: AbstractContextManager[object] = nullcontext()
         if keep_zeros and pruned_layers(student):
             kept = keep_masks(student)
+        every = -(-training.checkpoint_every // plan.every) * plan.every
+        training = dataclasses.replace(training, checkpoint_every=every)
         with kept:
             report = fit(
                 plan.module,

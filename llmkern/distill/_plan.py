@@ -86,12 +86,14 @@ class Plan:
         data: tensors with a row per window.
         prepare: see `fit`.
         notes: what the user should know.
+        every: checkpoints are possible after a multiple of so many steps.
     """
 
     module: nn.Module
     data: Mapping[str, Tensor]
     prepare: Prepare | None = None
     notes: list[str] = field(default_factory=list)
+    every: int = 1
 
 
 def main_process_first(model: nn.Module) -> AbstractContextManager[None]:

@@ -44,7 +44,8 @@ class MiniLlmOptions(OnPolicyOptions):
         max_weight: largest weight; None for no limit.
         length_norm: divide what a token earns by the number of tokens that earn it.
         lm_weight: weight of the cross-entropy on the data's windows; 0 reads no data.
-        refresh: steps that train on the same samples before new ones are drawn.
+        refresh: steps that train on the same samples before new ones are drawn; checkpoints are written
+            where new ones are.
     """
 
     teacher_mix: float = 0.2
@@ -83,16 +84,9 @@ def plan_minillm(job: Job, options: MiniLlmOptions) -> Plan:
     """Samples of the mixture, and the policy gradient's module.
 
     Raises:
-        ValueError: what `OnPolicy` raises, different tokenizers, bad data, checkpoints between two
-            refreshes.
+        ValueError: what `OnPolicy` raises, different tokenizers, bad data.
     """
     job.check_tokens()
-    every = job.training.checkpoint_every
-    if every % options.refresh:
-        raise ValueError(
-            f"checkpoint_every: got {every}, expected a multiple of refresh = {options.refresh}: samples "
-            "are not kept, and a run that goes on draws new ones"
-        )
     sampler = OnPolicy(job, options, options.teacher_mix)
     windows = sampler.data(job, needed=options.lm_weight > 0)
     kept: dict[int, Sampled] = {}
@@ -104,7 +98,7 @@ def plan_minillm(job: Job, options: MiniLlmOptions) -> Plan:
         return rows | ({"windows": batch["input_ids"]} if options.lm_weight else {})
 
     module = MiniLlm(job.student, job.teacher, options, windows[:1, :8], job.training.accumulate)
-    return Plan(module, {"input_ids": windows}, prepare)
+    return Plan(module, {"input_ids": windows}, prepare, every=options.refresh)
 
 
 class MiniLlm(nn.Module):

@@ -142,21 +142,26 @@ def kill_in_step(monkeypatch, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("method", "options", "saved"),
     [
-        ("gkd", {"on_policy": 0.5, "checkpoint_every": 2}),
-        ("minillm", {"checkpoint_every": 1}),
-        ("minillm", {"refresh": 2, "checkpoint_every": 2}),
+        ("gkd", {"on_policy": 0.5, "checkpoint_every": 2}, 2),
+        ("minillm", {"checkpoint_every": 1}, 3),
+        # The samples of two steps are drawn at once: nothing is written between them.
+        ("minillm", {"refresh": 2, "checkpoint_every": 1}, 2),
     ],
     ids=["gkd", "minillm", "minillm_refresh"],
 )
-def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(method, options, tmp_path, monkeypatch):
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    method, options, saved, tmp_path, monkeypatch
+):
     one, whole = train(method, **options | {"checkpoint_every": 0})
     options |= {"checkpoint": tmp_path, "resume": True}
     with monkeypatch.context() as patched:
         kill_in_step(patched, 3)
         with pytest.raises(Killed):
             train(method, **options)
+    kept = json.loads((tmp_path / "newest" / "state.json").read_text())
+    assert len(kept["steps"]) == saved
     two, report = train(method, **options)
     assert losses(report) == losses(whole)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
