@@ -98,7 +98,7 @@ def evaluate(
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(models[-1]):
         for batch in _bar(torch.split(windows, batch_size), progress):
             totals += _score(batch, *models)
-        rates = _speeds(model, windows[:1]) if speed else (None, None)
+        rates = speeds(model, windows[:1]) if speed else (None, None)
     predicted = len(windows) * (windows.shape[1] - 1)
     nll, kl, agreed = (totals / predicted).tolist()
     return Evaluation(
@@ -187,8 +187,13 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def _speeds(model: nn.Module, window: Tensor) -> tuple[float, float]:
-    """Tokens per second of prefill and of greedy decoding, batch 1, medians after a warm-up."""
+def speeds(model: nn.Module, window: Tensor) -> tuple[float, float]:
+    """Tokens per second of prefill and of greedy decoding, batch 1, medians after a warm-up.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        window: int64 [1, T] of tokens.
+    """
     window = window.to(_device(model))
     keep: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,13 @@ def test_functions_are_short_and_take_few_parameters(path: Path) -> None:
             # The options of a command are declared as its parameters.
             positional = sum("Annotated" not in ast.unparse(a) for a in node.args.args)
             assert spelled_out or positional <= 8, f"{path}:{node.lineno} {node.name}: {positional}"
+
+
+@pytest.mark.parametrize("driver", ["prune", "quantize", "distill"])
+def test_every_method_of_a_driver_is_in_the_comparison(driver: str) -> None:
+    module = importlib.import_module(f"llmkern.{driver}")
+    shown = {options["method"] for options in module.COMPARED.values()}
+    assert shown == set(module.METHODS), f"llmkern/{driver}/_compared.py"
 
 
 def test_no_test_or_bench_folder_is_a_package() -> None:

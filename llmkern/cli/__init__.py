@@ -8,7 +8,17 @@ import sys
 from typing import NoReturn
 
 # Importing a command's module registers it.
-from llmkern.cli import compress, demo, distill, env, evaluate, generate, prune, quantize  # noqa: F401
+from llmkern.cli import (  # noqa: F401
+    compare,
+    compress,
+    demo,
+    distill,
+    env,
+    evaluate,
+    generate,
+    prune,
+    quantize,
+)
 from llmkern.cli.app import app
 
 

@@ -1,5 +1,6 @@
 """Train a small model to do what a large one does."""
 
+from llmkern.distill._compared import COMPARED
 from llmkern.distill._driver import METHODS, DistillReport, distill
 from llmkern.distill._student import make_student
 from llmkern.distill.gkd import GkdOptions
@@ -10,6 +11,7 @@ from llmkern.distill.sequence import SequenceOptions
 from llmkern.distill.soft import SoftOptions
 
 __all__ = [
+    "COMPARED",
     "METHODS",
     "DistillReport",
     "GkdOptions",

@@ -62,6 +62,7 @@ class Stage:
     Attributes:
         name: of the kind of stage, its key in a recipe.
         methods: its methods.
+        compared: what a comparison shows of them: options of a stage, by label.
         default: its method if none is given.
         method: one of `methods`.
         options: the options that were given, checked, in the types of YAML and JSON.
@@ -69,6 +70,7 @@ class Stage:
 
     name: ClassVar[str]
     methods: ClassVar[Mapping[str, Any]]
+    compared: ClassVar[Mapping[str, Mapping[str, Any]]]
     default: ClassVar[str]
     method: str
     options: dict[str, Any]
@@ -143,6 +145,11 @@ class Stage:
     def run(self, context: Context) -> dict[str, Any]:
         """Do it to `context.model`; the driver's report, ready for JSON."""
         raise NotImplementedError
+
+    @classmethod
+    def takes(cls, method: str) -> frozenset[str]:
+        """Names of the options of a method."""
+        return frozenset(cls.__new__(cls)._known(method))
 
     def _known(self, method: str) -> dict[str, Any]:
         """Annotation of each option of a method."""

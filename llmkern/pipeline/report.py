@@ -173,6 +173,7 @@ def _legend(report: PipelineReport) -> str:
         lines.append(f"Measured on {view.protocol(report)}.")
     lines += [f"Calibration, {_md(line)}." for line in view.calibrations(report)]
     if not report.in_sequence:
+        lines.append("Speeds compare with the original measured beside each method.")
         lines.append("◆: no other method is both smaller on disk and closer to the original.")
     return " ".join(lines)
 

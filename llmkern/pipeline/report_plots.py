@@ -120,9 +120,11 @@ def _plain(axis: Any, *, log: bool) -> None:
 
 def _size(report: PipelineReport) -> Plot | None:
     points = [
-        (record.disk_bytes, value, record.label)
+        (x, y, record.label)
         for record in report.stages
-        if (value := BY_KEY["perplexity"].value(record)) is not None and math.isfinite(value)
+        if (x := BY_KEY["disk"].value(record)) is not None
+        and (y := BY_KEY["perplexity"].value(record)) is not None
+        and math.isfinite(y)
     ]
     if len(points) < 2:
         return None

@@ -8,6 +8,9 @@ from typing import Any
 
 from llmkern.pipeline.records import PipelineReport, StageRecord
 
+# Speeds in an evaluation, in the order in which `llmkern.evaluate.speeds` returns them.
+RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
+_LISTED = 6  # entries of a list that an option shows
 # Changes below it are not worth a line: a reader would take them for something.
 _NOTICEABLE = 0.005
 
@@ -147,7 +150,7 @@ COLUMNS = (
         "disk",
         "On disk",
         "bytes of the safetensors files",
-        lambda record: record.disk_bytes,
+        lambda record: record.disk_bytes or None,  # a model in memory has no files
         size,
         "low",
         "on disk",
@@ -192,7 +195,7 @@ COLUMNS = (
         "prefill",
         "Prefill",
         "tokens per second of one window, batch 1",
-        _measured("prefill_tokens_per_s"),
+        _measured(RATES[0]),
         digits,
         "high",
         "prefill",
@@ -201,7 +204,7 @@ COLUMNS = (
         "decode",
         "Decode",
         "tokens per second of greedy decoding, batch 1",
-        _measured("decode_tokens_per_s"),
+        _measured(RATES[1]),
         digits,
         "high",
         "decode",
@@ -258,6 +261,8 @@ def _option(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, dict):
         return "(" + ", ".join(f"{name} {_option(entry)}" for name, entry in value.items()) + ")"
+    if isinstance(value, list | tuple) and len(value) > _LISTED:
+        return f"{len(value)} entries"
     return str(value)
 
 
@@ -265,13 +270,22 @@ def _cell(column: Column, record: StageRecord, original: StageRecord | None) -> 
     value = column.value(record)
     if value is None:
         return Cell(None, "–")
-    old = None if original is None else column.value(original)
+    old = None if original is None else _original_value(column, record, original)
     bar = column.key in _BARS
     share = min(1.0, value / old) if bar and old else 1.0 if bar and original is None else None
     if not old or column.better == "" or column.key in _ABSOLUTE:
         return Cell(value, column.show(value), "", share)
     note = f"{value / old:.2f}×" if column.key in _SPEEDS else percent(value / old - 1)
     return Cell(value, column.show(value), note, share, _tone(column, value / old - 1))
+
+
+def _original_value(column: Column, record: StageRecord, original: StageRecord) -> float | None:
+    """The original's figure; its speed as measured beside the record's model, if it was."""
+    beside = record.evaluation.get("original") or {}
+    if column.key in _SPEEDS and beside:
+        rate: float | None = beside.get(RATES[_SPEEDS.index(column.key)])
+        return rate
+    return column.value(original)
 
 
 def percent(change: float) -> str:

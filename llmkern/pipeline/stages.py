@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from llmkern._drive import DataOptions, sort_options
+from llmkern.distill import COMPARED as DISTILL_COMPARED
 from llmkern.distill import METHODS as DISTILL_METHODS
 from llmkern.distill import distill, make_student
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
 from llmkern.pipeline._options import check_names, class_options, driver_options, plain
 from llmkern.pipeline._stage import GIVEN, SOURCE, STATE, Context, Stage
+from llmkern.prune import COMPARED as PRUNE_COMPARED
 from llmkern.prune import METHODS as PRUNE_METHODS
 from llmkern.prune import Pattern, prune
 from llmkern.prune._amount import check_fraction, parse_pattern
 from llmkern.prune._driver import sort_amount
+from llmkern.quantize import COMPARED as QUANTIZE_COMPARED
 from llmkern.quantize import METHODS as QUANTIZE_METHODS
 from llmkern.quantize import quantize
 from llmkern.quantize._driver import choose_format
@@ -41,6 +44,7 @@ class Prune(Stage):
 
     name = "prune"
     methods = PRUNE_METHODS
+    compared = PRUNE_COMPARED
     default = "sparsegpt"
 
     def _known(self, method: str) -> dict[str, Any]:
@@ -130,6 +134,7 @@ class Quantize(Stage):
 
     name = "quantize"
     methods = QUANTIZE_METHODS
+    compared = QUANTIZE_COMPARED
     default = "gptq"
 
     def _known(self, method: str) -> dict[str, Any]:
@@ -222,6 +227,7 @@ class Distill(Stage):
 
     name = "distill"
     methods = DISTILL_METHODS
+    compared = DISTILL_COMPARED
     default = "soft"
 
     def _known(self, method: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from llmkern.masks import MaskedParameters, keep_masks, pruned_layers
 from llmkern.prune._amount import Pattern
+from llmkern.prune._compared import COMPARED
 from llmkern.prune._driver import METHODS, prune
 from llmkern.prune._options import WidthOptions
 from llmkern.prune._report import LayerReport, PrunedWeight, PruneReport, WidthReport
@@ -12,6 +13,7 @@ from llmkern.prune.taylor import TaylorOptions
 from llmkern.prune.wanda import WandaOptions
 
 __all__ = [
+    "COMPARED",
     "METHODS",
     "DepthOptions",
     "LayerReport",

@@ -166,6 +166,14 @@ def test_layers_without_a_loss_are_left_out_of_the_plot(sample: PipelineReport) 
     assert "Error by layer" in [plot.title for plot in plots(sample)]  # that of the pruned widths
 
 
+def test_a_model_without_files_has_no_size_on_disk(sample: PipelineReport) -> None:
+    sample.stages[0] = dataclasses.replace(sample.stages[0], disk_bytes=0)
+    cells = dict(zip(view.BY_KEY, view.rows(sample, view.COLUMNS)[0].cells, strict=True))
+    assert (cells["disk"].value, cells["disk"].text) == (None, "–")
+    assert "Size on disk" not in [tile.title for tile in view.tiles(sample)]
+    assert plots(sample)[0].title == "Size against perplexity"
+
+
 def test_losses_of_training_and_recovery_are_found(sample: PipelineReport) -> None:
     assert loss_curves(sample.stages[1]) == {"recovery": [(1, 3.0), (2, 2.5)]}
     curves = loss_curves(sample.stages[3])
