@@ -13,6 +13,9 @@
 // Subnormal elements of x count as 0, as these instructions have it.
 #pragma once
 
+#include <omp.h>
+
+#include "common/shares.h"
 #include "w4a16_bf16_codes.h"
 #include "w4a16_block.h"
 
@@ -26,8 +29,8 @@ namespace {
 constexpr int64_t kDotRows = 6;
 // Most rows for which unpacking in registers is faster.
 constexpr int64_t kFewRows = 6;
-// Distance of prefetched codes: 4096 was slower.
-constexpr int64_t kBytesAhead = 8192;
+// Distances of codes prefetched into L2, to keep the memory busy (see int4_dot.h), and into L1.
+constexpr int64_t kBytesAhead = 32768, kBytesNear = 2048;
 // Rows of x that pass over an unpacked chunk together: their accumulators stay in L2.
 constexpr int64_t kDotPanel = 258;
 
@@ -49,7 +52,9 @@ inline void pair_row(const W4A16GemmParams& p, int64_t m, int64_t count, int32_t
   const __m512i order = column_order();
   for (int64_t k = 0; k < p.w.K; k += 32, out += 16 * count) {
     alignas(64) int32_t pairs[16];
-    _mm512_store_si512(pairs, _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + k)));
+    const __m512i ordered = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + k));
+    _mm512_store_si512(count == 1 ? out : pairs, ordered);
+    if (count == 1) continue;
     for (int i = 0; i < 16; ++i) out[i * count] = pairs[i];
   }
 }
@@ -81,8 +86,11 @@ inline void dot_packed(const Tile& tile, const CodeTable<SYMMETRIC>& table, int6
   for (int v = 0; v < 4; ++v) zeros[v] = table.zeros(tile.zeros + 16 * v);
   const uint8_t* from = tile.qweight;
   for (int64_t q = 0; q < columns / 4; ++q, from += kQuadBytes, x += 2 * R) {
-    __builtin_prefetch(from + kBytesAhead, 0, 2);  // into L2: see int4_dot.h
-    __builtin_prefetch(from + kBytesAhead + 64, 0, 2);
+#pragma GCC unroll 2
+    for (int line = 0; line < kQuadBytes; line += 64) {
+      __builtin_prefetch(from + kBytesAhead + line, 0, 2);
+      __builtin_prefetch(from + kBytesNear + line);
+    }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const __m512i packed = _mm512_loadu_si512(from + 64 * half);
@@ -199,8 +207,10 @@ inline void multiply_bf16(const W4A16GemmParams& p) {
         for (int64_t r = 0; r < rows; ++r) pair_row(p, m0 + first + r, rows, x + first * K / 2 + r);
       }
     }
-#pragma omp parallel for schedule(dynamic) if (pieces.rows * N * K >= kParallelWork)
-    for (int64_t i = 0; i < pieces.count; ++i) {
+    const bool parallel = pieces.rows * N * K >= kParallelWork;
+    Shares shares(pieces.count, parallel ? omp_get_max_threads() : 1);
+#pragma omp parallel if (parallel)
+    for (int64_t i; (i = shares.next(omp_get_thread_num())) >= 0;) {
       if (p.M > kFewRows)
         multiply_panel(p, panel_of(i), m0 + pieces.first(i), pieces.n0(i));
       else if (p.w.zeros)
