@@ -1,6 +1,8 @@
 // lut4_gemm by bfloat16 dot products (vdpbf16ps) for bfloat16 x, where they run at full rate. The
 // weight is rounded to bfloat16 once, as its product of scale and entry: the values are those of
-// torch's product with the dequantized weight. Sums are float32's. Two ways, by M:
+// torch's product with the dequantized weight. For few rows of x and a single book its entries are
+// rounded instead, and the sums of groups scaled: fewer steps, and no larger errors (RoundedBook).
+// Sums are float32's. Two ways, by M:
 //
 // few   Vectors run along K: the codes of R rows of w are looked up where they lie and meet up to
 //       kFewCols rows of x. Bound by reading the codes at M = 1.
@@ -11,6 +13,9 @@
 // one of them. Subnormal elements of x and w count as 0.
 #pragma once
 
+#include <math.h>
+
+#include "common/shares.h"
 #include "lut4_rows.h"
 
 #ifdef LLMKERN_ISA_ZEN4
@@ -125,14 +130,14 @@ inline float sum_of_lanes(Vec v) {
 // expanding w.
 constexpr int64_t kFewBf16 = 12;
 // Distance of prefetched codes, at least.
-constexpr int64_t kBytesAhead = 4096;
+constexpr int64_t kBytesAhead = 12288;
 // Rows of w that share the loads of x.
 constexpr int kSharingBf16 = 2;
 
-// sums[c][r] = sum_k x[c, k] * w[r, k]; rows of x lie `x_stride` words apart.
+// sums[c * kFewBlock + r] = sum_k x[c, k] * w[r, k]; rows of x lie `x_stride` words apart.
 template <int C, bool HALVES>
 void dot_rows_bf16(const Lut4Weight& w, const Rows& rows, const uint16_t* x, int64_t x_stride,
-                   float* sums) {
+                   int64_t ahead, float* sums) {
   constexpr int R = kSharingBf16;
   const uint8_t* codes[R];
   RowBooks books[R];
@@ -140,8 +145,6 @@ void dot_rows_bf16(const Lut4Weight& w, const Rows& rows, const uint16_t* x, int
     codes[r] = rows.codes(r);
     books[r] = rows.books(r);
   }
-  // The rows of a later pass, which follow these in memory, on their way into L2.
-  const int64_t ahead = ceil_div(kBytesAhead, R * (w.K / 2)) * R * (w.K / 2);
   Vec acc[R][C][2] = {};  // of even and of odd vectors: a dot product waits for the one before
   for (Window<HALVES> window(w, 0); window.first < w.K; window.next(w)) {
     WindowRow<HALVES> row[R];
@@ -166,24 +169,131 @@ void dot_rows_bf16(const Lut4Weight& w, const Rows& rows, const uint16_t* x, int
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sums[c * R + r] = sum_of_lanes(acc[r][c][0] + acc[r][c][1]);
+    for (int c = 0; c < C; ++c) sums[c * kFewBlock + r] = sum_of_lanes(acc[r][c][0] + acc[r][c][1]);
 }
+
+// The only book of a weight in bfloat16, times the fraction at which the rounding errors of its
+// entries are least. Of sixteen fixed entries some fraction always suits most: for NF4 the error
+// is under half of that which the rounding of every scaled entry makes, and FP4 becomes exact.
+struct RoundedBook {
+  __m512i table;   // twice the same entries: the fifth bit of an index does not matter
+  float restored;  // what a sum of products with the table is multiplied with
+
+  explicit RoundedBook(const float* codebook) {
+    constexpr int kFractions = 32;
+    const Vec entries = load(codebook);
+    float least = INFINITY;
+    for (int i = 0; i < kFractions; ++i) {
+      const float fraction = 1 - i / (2.f * kFractions);
+      const __m512 scaled = (__m512)(entries * fraction);
+      const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
+      const __m512i bits =
+          _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(rounded)), 16);
+      const Vec error = (Vec)bits / fraction - entries;
+      const float sum = sum_of_lanes(error * error);
+      if (i > 0 && !(sum < least)) continue;
+      least = sum;
+      table = rounded;
+      restored = 1 / fraction;
+    }
+  }
+
+  // Whether a weight can be read so: its windows must be whole and their halves in one group.
+  static bool suits(const Lut4Weight& w) {
+    return w.book_row_stride == 0 && w.book_group_stride == 0 &&
+           w.group_size % (kWindow / 2) == 0 && w.K % kWindow == 0;
+  }
+};
+
+// dot_rows_bf16 with the rounded book for all groups, whose sums are scaled instead of the books.
+template <int C>
+void dot_rows_one_book(const Lut4Weight& w, const Rows& rows, const RoundedBook& book,
+                       const uint16_t* x, int64_t x_stride, int64_t ahead, float* sums) {
+  constexpr int R = kSharingBf16;
+  const uint8_t* codes[R];
+  const float* scales[R];
+  for (int r = 0; r < R; ++r) {
+    codes[r] = rows.codes(r);
+    scales[r] = rows.books(r).scales;
+  }
+  Vec acc[R][C] = {};
+  for (Window<true> window(w, 0); window.first < w.K; window.next(w)) {
+    Vec part[R][C] = {};
+    __m512i words[R];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(codes[r] + window.first / 2 + ahead, 0, 2);
+      words[r] = _mm512_loadu_si512(codes[r] + window.first / 2);
+    }
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) {
+      __m512i values[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        values[r] = _mm512_permutexvar_epi16(words[r], book.table);
+        words[r] = _mm512_srli_epi16(words[r], 4);
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        const __m512i columns = _mm512_load_si512(x + c * x_stride + window.first + v * kWords);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) part[r][c] = dot(part[r][c], values[r], columns);
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      // The upper lanes summed the upper half of the window.
+      const Vec scale =
+          (Vec)_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[r][window.groups[0]]),
+                                    _mm512_set1_ps(scales[r][window.groups[1]]));
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] += scale * part[r][c];
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sums[c * kFewBlock + r] = sum_of_lanes(acc[r][c]) * book.restored;
+}
+
+// What all passes over a weight share.
+struct FewBf16 {
+  const Lut4GemmParams& p;
+  const uint16_t* x;  // [M, x_stride], its windows in order
+  int64_t x_stride;
+  int64_t ahead;  // to the rows of a later pass, which follow in memory: on their way into L2
+  bool one_book;
+  RoundedBook book;
+
+  FewBf16(const Lut4GemmParams& p, const uint16_t* x, int64_t x_stride)
+      : p(p),
+        x(x),
+        x_stride(x_stride),
+        ahead(ceil_div(kBytesAhead, kSharingBf16 * (p.w.K / 2)) * kSharingBf16 * (p.w.K / 2)),
+        one_book(RoundedBook::suits(p.w)),
+        book(p.w.codebook) {}
+};
 
 // Outputs [m0, m0 + C) x [n0, last).
 template <int C>
-void multiply_few_bf16(const Lut4GemmParams& p, const uint16_t* x, int64_t x_stride, float* scratch,
-                       int64_t m0, int64_t n0, int64_t last) {
+void multiply_few_bf16(const FewBf16& few, float* scratch, int64_t m0, int64_t n0, int64_t last) {
   constexpr int R = kSharingBf16;
-  Rows rows(p.w, scratch, R);
-  float sums[C * R];
-  for (; n0 < last; n0 += R) {
-    rows.load(n0, R);
-    if (p.w.group_size % 64 == 0)
-      dot_rows_bf16<C, true>(p.w, rows, x + m0 * x_stride, x_stride, sums);
+  const Lut4Weight& w = few.p.w;
+  const uint16_t* x = few.x + m0 * few.x_stride;
+  Rows rows(w, scratch, R);
+  static_assert(kFewBlock % R == 0, "a block is made of whole passes");
+  float block[C * kFewBlock];
+  for (int64_t n = n0; n < last; n += R) {
+    rows.load(n, R);
+    float* sums = block + n - n0;
+    if (few.one_book)
+      dot_rows_one_book<C>(w, rows, few.book, x, few.x_stride, few.ahead, sums);
+    else if (w.group_size % 64 == 0)
+      dot_rows_bf16<C, true>(w, rows, x, few.x_stride, few.ahead, sums);
     else
-      dot_rows_bf16<C, false>(p.w, rows, x + m0 * x_stride, x_stride, sums);
-    for (int c = 0; c < C; ++c) store_outputs(p, m0 + c, n0, min_of(R, last - n0), sums + c * R, 1);
+      dot_rows_bf16<C, false>(w, rows, x, few.x_stride, few.ahead, sums);
   }
+  for (int c = 0; c < C; ++c) store_outputs(few.p, m0 + c, n0, last - n0, block + c * kFewBlock, 1);
 }
 
 void multiply_few_bf16(const Lut4GemmParams& p) {
@@ -197,17 +307,19 @@ void multiply_few_bf16(const Lut4GemmParams& p) {
     for (int64_t k = 0; k < K; k += kWindow)
       order_window(static_cast<const uint16_t*>(p.x) + m * p.x_stride + k, K - k,
                    x + m * x_stride + k);
+  const FewBf16 few(p, x, x_stride);
   const int64_t passes = ceil_div(p.M, kFewCols);
-#pragma omp parallel for schedule(dynamic) if (parallel)
-  for (int64_t i = 0; i < blocks; ++i) {
+  Shares shares(blocks, parallel ? omp_get_max_threads() : 1);
+#pragma omp parallel if (parallel)
+  for (int64_t i; (i = shares.next(omp_get_thread_num())) >= 0;) {
     float* scratch = buffer.data() + x_floats + floats * omp_get_thread_num();
     const int64_t n0 = i * kFewBlock, last = min_of(N, n0 + kFewBlock);
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t m = pass * p.M / passes, count = (pass + 1) * p.M / passes - m;
-      if (count == 1) multiply_few_bf16<1>(p, x, x_stride, scratch, m, n0, last);
-      if (count == 2) multiply_few_bf16<2>(p, x, x_stride, scratch, m, n0, last);
-      if (count == 3) multiply_few_bf16<3>(p, x, x_stride, scratch, m, n0, last);
-      if (count == 4) multiply_few_bf16<4>(p, x, x_stride, scratch, m, n0, last);
+      if (count == 1) multiply_few_bf16<1>(few, scratch, m, n0, last);
+      if (count == 2) multiply_few_bf16<2>(few, scratch, m, n0, last);
+      if (count == 3) multiply_few_bf16<3>(few, scratch, m, n0, last);
+      if (count == 4) multiply_few_bf16<4>(few, scratch, m, n0, last);
     }
   }
 }
