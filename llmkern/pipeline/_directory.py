@@ -58,12 +58,15 @@ class RunDirectory:
                 "directory, or resume or overwrite"
             )
 
-    def begin(self, settings: Mapping[str, Any], recipe: str, *, resume: bool) -> bool:
-        """Make the directory ready; whether an earlier run goes on.
+    def begin(
+        self, settings: Mapping[str, Any], recipe: str, about: Mapping[str, Any], *, resume: bool
+    ) -> dict[str, Any] | None:
+        """Make the directory ready; what `about` was when the run began that goes on, or None.
 
         Args:
             settings: all that the result depends on, ready for JSON.
             recipe: as YAML, for the reader.
+            about: what it is to be the same on, but need not.
             resume: go on with the run that is there; otherwise it is deleted.
 
         Raises:
@@ -79,13 +82,14 @@ class RunDirectory:
                     "expected the same, or another directory"
                 )
             self._tidy()
-            return True
+            write_whole(self.root / RECIPE, recipe)
+            return {name: before[name] for name in about}
         if self.root.is_dir():
             shutil.rmtree(self.root)
         self.root.mkdir(parents=True)
-        write_whole(self.root / RUN, json.dumps({"settings": settings}, indent=2) + "\n")
+        write_whole(self.root / RUN, json.dumps({"settings": settings, **about}, indent=2) + "\n")
         write_whole(self.root / RECIPE, recipe)
-        return False
+        return None
 
     def is_run(self) -> bool:
         """Whether a run was begun here."""

@@ -24,7 +24,7 @@ from llmkern.assets import evaluation_text
 from llmkern.calibrate import load_tokens
 from llmkern.calibrate.data import Source
 from llmkern.hf import accelerate_sparse, load, save
-from llmkern.models import vocabulary_size
+from llmkern.models import context_length, vocabulary_size
 from llmkern.pipeline import _fingerprint
 from llmkern.pipeline._directory import RunDirectory
 from llmkern.pipeline._order import order_warnings
@@ -141,11 +141,12 @@ class Pipeline:
         where.check(resume=resume, overwrite=overwrite)
         run = _Run(self.stages, _Origin.of(model, settings), where, settings)
         run.check(output)
-        resumed = where.begin(run.settings(), dump_recipe(self.stages), resume=resume)
-        if resumed:
+        about = {"versions": env.versions(), "hardware": env.hardware()}
+        before = where.begin(run.settings(), dump_recipe(self.stages), about, resume=resume)
+        if before is not None:
             run.say(f"going on with the run in {where.root}")
         with _quiet_transformers():
-            return run.work(self)
+            return run.work(self, about, before or about)
 
 
 @contextmanager
@@ -226,6 +227,7 @@ class _Run:
     where: RunDirectory
     options: RunOptions
     prompts: list[str] = field(default_factory=list)
+    _read: dict[Any, Tensor] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Tell the user, if asked to."""
@@ -276,21 +278,27 @@ class _Run:
             "device": self.origin.device.type,
         }
 
-    def work(self, pipeline: Pipeline) -> PipelineReport:
-        """Do what is not done yet, publish the last stage and write the report."""
+    def work(
+        self, pipeline: Pipeline, about: dict[str, Any], before: dict[str, Any]
+    ) -> PipelineReport:
+        """Do what is not done yet, publish the last stage and write the report.
+
+        Args:
+            pipeline: for the report.
+            about: versions and hardware, of this process.
+            before: those of the process that began the run.
+        """
         options, labels = self.options, [stage.label for stage in self.stages]
         report = PipelineReport(
             title=" → ".join(labels),
             command=options.command or f"{pipeline!r}.run({self.origin.name!r}, ...)",
             model=self.origin.name,
             recipe=[stage.to_dict() for stage in self.stages],
-            versions=env.versions(),
-            hardware=env.hardware(),
-            warnings=order_warnings(self.stages),
+            **about,
+            warnings=[*order_warnings(self.stages), *_changes(before, about)],
         )
         for text in report.warnings:
             warnings.warn(text, UserWarning, stacklevel=3)
-        about = {"versions": report.versions, "hardware": report.hardware}
         report.stages.append(self._original(about))
         report.prompts = self.prompts
         for index, stage in enumerate(self.stages, 1):
@@ -387,11 +395,15 @@ class _Run:
         return load(directory, dtype="auto").to(self.origin.device)  # type: ignore[arg-type]
 
     def _windows(self, model: Any, tokenizer: Any) -> Tensor:
-        source = source_of(self.options.evaluation)
-        if source is None:
-            source = evaluation_text()
-        windows = load_tokens(source, model, tokenizer, argument="evaluation")
-        return windows[: self.options.evaluation_windows]
+        """Evaluation windows; a source is read once for all models with the same tokens."""
+        words = None if tokenizer is None else frozenset(tokenizer.get_vocab().items())
+        key = vocabulary_size(model), context_length(model), words
+        if key not in self._read:
+            source = source_of(self.options.evaluation)
+            source = evaluation_text() if source is None else source
+            windows = load_tokens(source, model, tokenizer, argument="evaluation")
+            self._read[key] = windows[: self.options.evaluation_windows].clone()
+        return self._read[key]
 
     def _prompts(self, model: Any) -> list[str]:
         """The prompts that were given, or beginnings of evaluation windows."""
@@ -430,6 +442,17 @@ class _Run:
             return {}
         windows = self._windows(before, tokenizer)[:_SENSITIVITY_WINDOWS]
         return sensitivity(before, after, windows)
+
+
+def _changes(before: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    """What is not as it was when the run began, so that it may have other bits."""
+    found = []
+    for kind, now in about.items():
+        for name, value in now.items():
+            if before[kind].get(name) != value:
+                was = before[kind].get(name)
+                found.append(f"the run was resumed with other {kind}: {name} was {was}, is {value}")
+    return found
 
 
 def _disk_bytes(directory: Path | None) -> int:

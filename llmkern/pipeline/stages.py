@@ -249,11 +249,16 @@ class Distill(Stage):
                 raise ValueError(f"student.{error}") from error
         return value
 
-    def _check(self) -> None:
+    def _settings(self) -> Any:
+        """The method's options; those of the training are checked, too."""
         outside = (*driver_options(distill, ()), "student", "teacher")
         options = {k: v for k, v in self.options.items() if k not in outside}
         # Without a checkpoint, how often one is written would be refused.
-        sort_options(self.method, DISTILL_METHODS, {**options, "checkpoint": "."}, TrainOptions)
+        options["checkpoint"] = "."
+        return sort_options(self.method, DISTILL_METHODS, options, TrainOptions)[0]
+
+    def _check(self) -> None:
+        self._settings()
         self._check_student()
         if self.options.get("teacher", CURRENT) not in (CURRENT, ORIGINAL):
             raise ValueError(
@@ -302,8 +307,13 @@ class Distill(Stage):
 
     @property
     def _reads_windows(self) -> bool:
-        """Whether it trains on windows of text, not on answers or from prompts."""
-        return "answers" not in self._known(self.method) and self.options.get("prompts") is None
+        """Whether it trains on windows of text, not on answers or only from prompts."""
+        settings = self._settings()
+        if hasattr(settings, "answers"):
+            return False
+        # On-policy methods may mix windows in, whatever their prompts come from.
+        mixed = getattr(settings, "on_policy", 1) < 1 or getattr(settings, "lm_weight", 0) > 0
+        return mixed or getattr(settings, "prompts", None) is None
 
     @property
     def _narrows(self) -> bool:

@@ -226,6 +226,17 @@ def test_resume_refuses_other_data_settings_and_models(model_dir, tokens, held_o
     refused("model: was")
 
 
+def test_other_versions_on_resuming_are_reported(model_dir, tokens, held_out, tmp_path):
+    out = tmp_path / "out"
+    run([QUANTIZE], model_dir, out, tokens, held_out)
+    held = json.loads((out / "llmkern_run.json").read_text())
+    held["versions"]["torch"] = "1.0"
+    (out / "llmkern_run.json").write_text(json.dumps(held))
+    report = run([QUANTIZE], model_dir, out, tokens, held_out, resume=True)
+    changed = f"resumed with other versions: torch was 1.0, is {torch.__version__.split('+')[0]}"
+    assert any(changed in text for text in report.warnings)
+
+
 def test_loss_that_becomes_nan_leaves_what_was_good(model_dir, tokens, held_out, tmp_path):
     out = tmp_path / "out"
     bad = Distill(student={"layers": 0.5}, steps=9, lr=1e30, warmup=0.5, checkpoint_every=1)

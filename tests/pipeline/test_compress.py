@@ -1,0 +1,78 @@
+"""The command: what it writes and prints, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmkern
+
+RECIPE = """\
+- prune: {method: magnitude, sparsity: 0.5}
+- quantize: {method: gptq, group_size: 32}
+"""
+
+
+def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "llmkern", "compress", *map(str, arguments)]
+    return subprocess.run(
+        words, capture_output=True, text=True, cwd=Path(llmkern.__file__).parents[1]
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+def test_command_compresses_and_reports(recipe, model_dir, tokens, held_out, tmp_path):
+    out = tmp_path / "out"
+    given = [model_dir, "-o", out, "--recipe", recipe, "--calibration", tokens]
+    result = compress(*given, "--evaluation", held_out, "--dtype", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    assert "stage 1 of 2: prune magnitude 50 %" in result.stderr
+    assert "stage 2 of 2: quantize gptq 4 bits" in result.stderr
+    for text in ("saved to", "report.html"):
+        assert text in result.stdout
+    report = json.loads((out / "report.json").read_text())
+    words = ["llmkern", "compress", *map(str, given)]
+    assert report["command"].startswith(" ".join(words))
+    assert [stage["name"] for stage in report["stages"]] == ["original", "1-prune", "2-quantize"]
+    assert report["stages"][2]["evaluation"]["decode_tokens_per_s"] > 0
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert len(llmkern.load(out).model.layers) == 4
+
+    again = compress(*given, "--evaluation", held_out)
+    assert again.returncode == 1
+    assert "holds a run with 2 finished stages, expected a new directory, or resume" in again.stderr
+    recipe.write_text(RECIPE.replace("0.5", "0.6"))
+    again = compress(*given, "--evaluation", held_out, "--dtype", "bfloat16", "--resume")
+    assert again.returncode == 1
+    assert again.stderr.count("\n") == 1
+    assert "recipe.1-prune.sparsity: was 0.5, is 0.6; expected the same" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- quantize:\n    group_sise: 32", "recipe.yaml:2: quantize: group_sise: unknown, did you mean"),
+        (RECIPE, "calibration: got none for"),
+    ],
+    ids=["unknown", "no_data"],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_nothing_is_written(
+    text, message, recipe, model_dir, held_out, tmp_path
+):
+    recipe.write_text(text)
+    out = tmp_path / "out"
+    result = compress(model_dir, "-o", out, "--recipe", recipe, "--evaluation", held_out)
+    assert result.returncode == 1
+    assert result.stderr.startswith("llmkern: error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not out.exists()
