@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llmkern
 from llmkern import Int4Linear, Sparse24Int4Linear, Sparse24Linear
+from llmkern.evaluate import weight_bytes
 from llmkern.hf import accelerate_sparse
 
 
@@ -101,3 +102,21 @@ def test_patch_leaves_sparse_layers(llama):
     report = llmkern.patch(model, llmkern.QuantFormat(4, 64))
     assert not report.replaced
     assert report.left["model.layers.0.mlp.up_proj"] == "already packed"
+
+
+def test_weights_in_use_take_less_than_six_tenths_of_dense_ones():
+    # Wide enough for huge pages, and past the first forward pass, which repacks.
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=1024,
+        intermediate_size=2688,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    prune(model)
+    dense = weight_bytes(model)
+    llmkern.accelerate(model)
+    with torch.no_grad():
+        model(torch.arange(5)[None])
+    assert weight_bytes(model) <= 0.6 * dense
