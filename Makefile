@@ -89,5 +89,5 @@ $(VENV)/.ready: pyproject.toml Makefile
 
 clean:
 	rm -rf .venv .venv-peers build dist *.egg-info llmkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf .benchmarks demo-out demo-report.json demo-report.png
+	rm -rf .benchmarks demo-out*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 python bench/quality.py                                     pruning: single weights, structures
 python bench/quality.py --suite quantize --only 3-bit --seeds 5
+python bench/quality.py --order                             three orders of the stages, one final size
 python bench/quality.py --json bench/results/quality-20261124.json
 
 A suite is a table (see quality_variants.py). A seed chooses other calibration windows; shown are the
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import _report
+import quality_order
 import torch
 import typer
 from quality_variants import DEFAULT, SUITES, Variant
@@ -48,10 +50,15 @@ def main(
     seeds: int = 3,
     samples: int = 128,
     windows: Annotated[int, typer.Option(help="evaluation windows")] = 64,
+    order: Annotated[bool, typer.Option("--order", help="orders of the stages instead")] = False,
+    steps: Annotated[int, typer.Option(help="of distillation, with --order")] = 120,
+    training: Annotated[
+        Path | None, typer.Option(help="text to distill on, by default the bundled model's corpus")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Compress the model with every variant of the suites and compare with the original."""
-    chosen = suite or DEFAULT
+    chosen = [] if order else suite or DEFAULT
     for name in chosen:
         if name not in SUITES:
             raise typer.BadParameter(f"got {name!r}, expected one of {', '.join(SUITES)}")
@@ -81,8 +88,29 @@ def main(
             console.print(f"{variant.name}: KL {statistics.mean(r['kl'] for r in runs):.5f}")
         console.print(table(name, record))
         records[name] = record
-        if json_file is not None:
-            json_file.write_text(json.dumps(records, indent=1) + "\n")
+        keep(json_file, records)
+    if order:
+        record = {
+            "model": model_dir.name,
+            "perplexity": original,
+            "protocol": protocol(text, held_out, calibration, samples, 1),
+            "steps": steps,
+            "run": _report.environment(on_gpu=False),
+            "rows": [],
+        }
+        job = quality_order.Job(held_out, calibration, training, steps, samples)
+        for name, stage in quality_order.run(reference, tokenizer, job):
+            record["rows"].append({"variant": name, "run": quality_order.figures(stage)})
+            console.print(f"{name}: KL {stage.evaluation['kl']:.5f}")
+        console.print(quality_order.table(record))
+        records["order"] = record
+        keep(json_file, records)
+
+
+def keep(json_file: Path | None, records: dict[str, Any]) -> None:
+    """Write what has been measured so far, if a file was asked for."""
+    if json_file is not None:
+        json_file.write_text(json.dumps(records, indent=1) + "\n")
 
 
 def protocol(text: Path, held_out: Tensor, calibration: Path, samples: int, seeds: int) -> str:

@@ -1,148 +1,110 @@
-"""The demo: the bundled model quantized by RTN and GPTQ to 4 and 3 bits, measured, saved, reloaded."""
+"""The demo: the bundled model pruned, quantized and distilled, each stage measured, and a report."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 
 import llmkern
-from llmkern import assets, env
+from llmkern import assets
+from llmkern.assets.corpus import training_text
 from llmkern.calibrate import load_tokens
-from llmkern.evaluate import evaluate
+from llmkern.distill import make_student
+from llmkern.pipeline import Distill, Pipeline, PipelineReport, Prune, Quantize
+from llmkern.pipeline.measure import measure
 
-REPORT = Path("demo-report.json")
-PLOT = Path("demo-report.png")
+PROMPTS = ("def read_lines(path):\n", "class Queue:\n    def __init__(self, maxsize=0):\n")
 SEQ_LEN = 512
-SAMPLES = 64
-EVALUATION_WINDOWS = 64
-PROMPT = "def read_lines(path):\n"
+WINDOWS = 64
+# Without its third block, the one that matters least by both criteria of depth pruning.
+LAYERS = [0, 1, 3]
+TRAINING: dict[str, Any] = {"steps": 120, "lr": 2e-3, "batch_size": 8, "seq_len": SEQ_LEN}
+CALIBRATION: dict[str, Any] = {"samples": 64, "seq_len": SEQ_LEN}
 
 
 def run(output: Path, console: Console) -> None:
-    """Quantize, evaluate, save, reload and generate; print a table and write the report and its plot.
+    """Run the pipeline on the bundled model, and the same student's training without a teacher.
 
     Args:
-        output: directory for the compressed models; one folder each, replaced on every run.
+        output: directory for the models and the report; replaced on every run.
         console: where to print.
     """
+    started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.bundled_model_dir())
-    original = _bundled()
-    size = sum(parameter.numel() for parameter in original.parameters())
-    console.print(f"bundled model: {size / 1e6:.1f} M parameters")
-    text = assets.evaluation_text()
-    tokens = load_tokens(text, original, tokenizer, seq_len=SEQ_LEN)[:EVALUATION_WINDOWS]
-
-    rows = [_measure("fp32", original, tokens, None, 0.0)]
-    rows[0]["file_bytes"] = rows[0]["weight_bytes"]
-    sample = ""
-    for method in ("rtn", "gptq"):
-        for bits in (4, 3):
-            directory = output / f"{method}-{bits}bit"
-            started = time.perf_counter()
-            model = _bundled()
-            options: dict[str, Any] = {}
-            if method == "gptq":
-                options = {"calibration": assets.calibration_text(), "tokenizer": tokenizer}
-                options |= {"samples": SAMPLES, "seq_len": SEQ_LEN}
-            llmkern.quantize(model, method, bits=bits, group_size=128, progress=True, **options)
-            seconds = time.perf_counter() - started
-            llmkern.save(model, directory, tokenizer=tokenizer, overwrite=True)
-            reloaded = llmkern.load(directory, dtype=torch.float32)
-            _check_reload(model, reloaded, tokens[:1])
-            rows.append(_measure(f"{method} {bits}-bit", reloaded, tokens, original, seconds))
-            rows[-1]["file_bytes"] = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
-            if (method, bits) == ("gptq", 4):
-                sample = _generate(reloaded, tokenizer)
-    console.print(_table(rows))
-    console.print(f"\n4-bit GPTQ, reloaded from {output / 'gptq-4bit'}, continues {PROMPT!r}:\n")
-    console.print(sample, markup=False, highlight=False)
-    report = {
-        "protocol": f"{tokens.numel()} held-out tokens in windows of {SEQ_LEN}, group size 128",
-        "versions": env.versions(),
-        "hardware": env.hardware(),
-        "models": rows,
-        "sample": sample,
-    }
-    REPORT.write_text(json.dumps(report, indent=2) + "\n")
-    _plot(rows)
-    console.print(f"\nwrote {REPORT}, {PLOT} and the models in {output}/")
-
-
-def _bundled() -> Any:
-    return llmkern.load(assets.bundled_model_dir(), dtype=torch.float32)
-
-
-def _measure(
-    name: str, model: Any, tokens: torch.Tensor, reference: Any, seconds: float
-) -> dict[str, Any]:
-    result = evaluate(model, tokens, seq_len=SEQ_LEN, reference=reference)
-    return {"name": name, "seconds": seconds, **result.to_dict()}
-
-
-def _check_reload(saved: Any, reloaded: Any, tokens: torch.Tensor) -> None:
-    """What was written must be what was quantized: the logits agree bit for bit."""
-    with torch.inference_mode():
-        if not torch.equal(saved(tokens).logits, reloaded(tokens).logits):
-            raise RuntimeError("the reloaded model's logits differ from those of the model saved")
-
-
-def _generate(model: Any, tokenizer: Any) -> str:
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        max_new_tokens=80,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
+    source = assets.bundled_model_dir()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    original = llmkern.load(source, dtype=torch.float32)
+    windows = load_tokens(assets.evaluation_text(), original, tokenizer, seq_len=SEQ_LEN)[:WINDOWS]
+    text = output.with_name(f"{output.name}-text.txt")
+    text.write_text(training_text(), encoding="utf-8")
+    stages = [
+        Prune("glu", ratio=0.25, importance="obs", **CALIBRATION),
+        Quantize("gptq", bits=4, group_size=128, **CALIBRATION),
+        Distill("soft", student={"layers": LAYERS}, data=str(text), **_loss(0.5), **TRAINING),
+        Quantize("gptq", bits=4, group_size=128, **CALIBRATION),
+    ]
+    report = Pipeline(stages).run(
+        original,
+        output=output,
+        calibration=assets.calibration_text(),
+        tokenizer=tokenizer,
+        evaluation=windows,
+        prompts=PROMPTS,
+        overwrite=True,
+        progress=True,
     )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        "model",
-        "perplexity",
-        "KL to fp32 (nats)",
-        "file (MB)",
-        "decode (tokens/s)",
-        "quantize (s)",
+    alone = _without_teacher(output / str(report.stages[2].directory), text, tokenizer)
+    quality = measure(alone, windows, original, speed=False)["evaluation"]
+    console.print(table(report))
+    student = report.stages[3].evaluation
+    console.print(
+        f"\nthe same student, {TRAINING['steps']} steps: perplexity {student['perplexity']:.3f}, KL "
+        f"{student['kl']:.4f} with the teacher; {quality['perplexity']:.3f}, {quality['kl']:.4f} without"
     )
-    for row in rows:
-        kl = f"{row['kl']:.4f}" if row["kl"] is not None else "-"
-        table.add_row(
-            row["name"],
-            f"{row['perplexity']:.3f}",
-            kl,
-            f"{row['file_bytes'] / 1e6:.2f}",
-            f"{row['decode_tokens_per_s']:.0f}",
-            f"{row['seconds']:.1f}",
+    console.print(f"{PROMPTS[0]!r} goes on, after all stages:\n")
+    console.print(report.stages[-1].generations[0], markup=False, highlight=False)
+    console.print(
+        f"\n{output / 'report.html'} has it all; {output} is the last model, {output / 'stages'} those "
+        f"before it; {time.perf_counter() - started:.0f} s in all"
+    )
+
+
+def _loss(alpha: float) -> dict[str, Any]:
+    return {"temperature": 1.0, "alpha": alpha}
+
+
+def _without_teacher(directory: Path, text: Path, tokenizer: Any) -> Any:
+    """The student as the pipeline made it, trained for the same steps on the text alone."""
+    student = make_student(llmkern.load(directory, dtype=torch.float32), LAYERS)
+    data: dict[str, Any] = {"data": text, "tokenizer": tokenizer, "progress": True}
+    llmkern.distill(student, student, "soft", **data, **_loss(0.0), **TRAINING)
+    return student
+
+
+def table(report: PipelineReport) -> Table:
+    """What each stage bought and cost."""
+    shown = Table(title="bundled model: what each stage bought and cost")
+    shown.add_column("model", no_wrap=True)
+    for column in ("params", "file MB", "perplexity", "KL", "top-1", "tokens/s", "seconds"):
+        shown.add_column(column, justify="right")
+    names = ("original", "pruned", "pruned + int4", "distilled student", "student + int4")
+    for name, stage in zip(names, report.stages, strict=True):
+        result = stage.evaluation
+        first = result["kl"] is None
+        shown.add_row(
+            name,
+            f"{stage.parameters / 1e6:.2f} M",
+            f"{stage.disk_bytes / 1e6:.2f}",
+            f"{result['perplexity']:.3f}",
+            "–" if first else f"{result['kl']:.4f}",
+            "–" if first else f"{result['top1_agreement']:.3f}",
+            f"{result['decode_tokens_per_s']:.0f}",
+            f"{stage.seconds:.1f}",
         )
-    return table
-
-
-def _plot(rows: list[dict[str, Any]]) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in rows:
-        size = row["file_bytes"] / 1e6
-        axes.scatter(size, row["perplexity"], s=40)
-        axes.annotate(
-            row["name"], (size, row["perplexity"]), xytext=(6, 4), textcoords="offset points"
-        )
-    axes.set_xlabel("weights on disk (MB)")
-    axes.set_ylabel("perplexity on held-out text")
-    axes.set_title("Bundled model: size against perplexity (lower left is better)")
-    axes.grid(alpha=0.3)
-    figure.savefig(PLOT, dpi=150)
-    pyplot.close(figure)
+    return shown

@@ -3,10 +3,11 @@
 python scripts/update_tables.py            rewrites README.md and docs/benchmarks.md
 python scripts/update_tables.py --check    fails if they are not what the results say
 
-A table stands between `<!-- results: FILE BENCH -->` and `<!-- end -->`; BENCH:grid has a column per
-number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x N) only, and
+A table stands between `<!-- results: FILE BENCH -->` and `<!-- end -->`. BENCH:grid has a column per
+number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x N) only;
 BENCH:short is that without the other contenders. "quality:SUITE" is a suite of bench/quality.py,
-"quality:SUITE:TEXT" its variants whose name holds the text.
+"quality:SUITE:TEXT" its variants whose name holds the text, "quality:order" its orders; "stages" a
+pipeline's report.json.
 """
 
 from __future__ import annotations
@@ -132,27 +133,55 @@ def _runs(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def demo_table(report: dict[str, Any]) -> str:
-    """The demo's report as a Markdown table."""
-    titles = (
-        "model",
-        "perplexity",
-        "KL to fp32 (nats)",
+def stages_table(report: dict[str, Any]) -> str:
+    """A pipeline's report.json as a Markdown table: what each stage bought and cost."""
+    table = Table(
+        "after",
+        "parameters",
         "file (MB)",
+        "perplexity",
+        "KL (nats)",
+        "top-1",
         "decode (tokens/s)",
         "seconds",
+        box=box.MARKDOWN,
     )
-    table = Table(*titles, box=box.MARKDOWN)
-    for row in report["models"]:
+    for stage in report["stages"]:
+        result = stage["evaluation"]
+        first = result["kl"] is None
         table.add_row(
-            row["name"],
-            f"{row['perplexity']:.3f}",
-            "–" if row["kl"] is None else f"{row['kl']:.4f}",
-            f"{row['file_bytes'] / 1e6:.2f}",
-            f"{row['decode_tokens_per_s']:.0f}",
-            f"{row['seconds']:.1f}",
+            stage["label"],
+            f"{stage['parameters'] / 1e6:.2f} M",
+            f"{stage['disk_bytes'] / 1e6:.2f}",
+            f"{result['perplexity']:.3f}",
+            "–" if first else f"{result['kl']:.4f}",
+            "–" if first else f"{result['top1_agreement']:.3f}",
+            f"{result['decode_tokens_per_s']:.0f}",
+            f"{stage['seconds']:.0f}",
         )
-    return f"{_render(table)}\n`make demo`: {report['protocol']}; {report['hardware']['cpu']}.\n"
+    protocol = report["stages"][0]["evaluation"]["protocol"]
+    return (
+        f"{_render(table)}\n`make demo`: {protocol['tokens']} held-out tokens in windows of "
+        f"{protocol['window']}; {report['hardware']['cpu']}, torch {report['versions']['torch']}.\n"
+    )
+
+
+def order_table(record: dict[str, Any]) -> str:
+    """The orders of bench/quality.py as a Markdown table."""
+    titles = ("order", "KL (nats)", "perplexity", "top-1 agreement", "parameters", "file (MB)")
+    table = Table(*titles, box=box.MARKDOWN)
+    for row in record["rows"]:
+        run = row["run"]
+        table.add_row(
+            row["variant"],
+            f"{run['kl']:.4f}",
+            f"{run['perplexity']:.3f}",
+            f"{run['top1']:.3f}",
+            f"{run['parameters'] / 1e6:.2f} M",
+            f"{run['file_bytes'] / 1e6:.2f}",
+        )
+    steps = f"{record['steps']} steps of distillation"
+    return f"{_render(table)}\n{_quality_source(record, steps)}"
 
 
 def quality_table(record: dict[str, Any], text: str = "") -> str:
@@ -170,8 +199,13 @@ def quality_table(record: dict[str, Any], text: str = "") -> str:
             f"{mean['parameters'] / 1e6:.2f} M",
             f"{100 * mean['zeros']:.0f} %",
         )
-    source = _runs({"runs": [record["run"]]})
-    return f"{_render(table)}\n{record['model']}: {record['protocol']}. {source}"
+    return f"{_render(table)}\n{_quality_source(record)}"
+
+
+def _quality_source(record: dict[str, Any], *more: str) -> str:
+    """The protocol of a record of bench/quality.py, its command and machine."""
+    protocol = "; ".join((record["protocol"], *more))
+    return f"{record['model']}: {protocol}. {_runs({'runs': [record['run']]})}"
 
 
 def _render(table: Table) -> str:
@@ -189,8 +223,10 @@ def _block(match: re.Match[str]) -> str:
     start, file, bench, end = match.groups()
     record = json.loads((ROOT / "bench" / "results" / file).read_text())
     name, form, shape, *_ = *bench.split(":"), "", ""
-    if name == "demo":
-        body = demo_table(record)
+    if name == "stages":
+        body = stages_table(record)
+    elif form == "order":
+        body = order_table(record[form])
     elif name == "quality":
         body = quality_table(record[form], shape.replace("_", " "))
     elif form in ("grid", "short"):

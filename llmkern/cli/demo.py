@@ -13,10 +13,11 @@ from llmkern.cli.app import app, console
 @app.command()
 def demo(
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory for the compressed models.")
+        Path,
+        typer.Option("-o", "--output", help="Directory for the models and the report; replaced."),
     ] = Path("demo-out"),
 ) -> None:
-    """Quantize the bundled model to 4 and 3 bits with RTN and GPTQ, and compare."""
+    """Prune, quantize and distill the bundled model, and report what each stage bought and cost."""
     from llmkern.demo import run
 
     run(output, console)

@@ -47,6 +47,10 @@ def order_warnings(stages: Sequence[Stage]) -> list[str]:
             ):
                 # A student made in between carries nothing of it on.
                 continue
+            packs = (earlier.name, later.name) == ("distill", "quantize")
+            if packs and any(stage.name == "quantize" for stage in stages[:first]):
+                # The order is kept; the student of a packed teacher is packed, too.
+                continue
             found.append(pair + reason)
     for index, stage in enumerate(stages):
         student = getattr(stage, "student", None)

@@ -20,7 +20,7 @@ class StageRecord:
         seed: of the stage.
         directory: of its checkpoint, relative to the run's; None for the original.
         parameters: of the model; those of packed layers count as weights, not as stored words.
-        disk_bytes: of the safetensors files.
+        disk_bytes: of the safetensors files; of an original that lies in memory only, of its weights.
         evaluation: as `llmkern.Evaluation.to_dict` gives it: quality against the original, bytes in
             memory, tokens per second, protocol.
         seconds: that the stage took, measuring not included.

@@ -23,6 +23,7 @@ from llmkern import env
 from llmkern.assets import evaluation_text
 from llmkern.calibrate import load_tokens
 from llmkern.calibrate.data import Source
+from llmkern.evaluate import weight_bytes
 from llmkern.hf import accelerate_sparse, load, save
 from llmkern.models import context_length, vocabulary_size
 from llmkern.pipeline import _fingerprint
@@ -323,7 +324,7 @@ class _Run:
             options={},
             seed=None,
             directory=None,
-            disk_bytes=_disk_bytes(self.origin.directory),
+            disk_bytes=self._original_bytes(model),
             seconds=0.0,
             peak_memory_bytes=None,
             **self._measured(model, self.origin.tokenizer, None),
@@ -417,6 +418,10 @@ class _Run:
         rows = windows[:: max(1, len(windows) // _PROMPTS)][:_PROMPTS, :length]
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
+    def _original_bytes(self, model: Any) -> int:
+        directory = self.origin.directory
+        return weight_bytes(model) if directory is None else _disk_bytes(directory)
+
     def _measured(self, model: Any, tokenizer: Any, reference: Any) -> dict[str, Any]:
         if reference is not None and vocabulary_size(reference) != vocabulary_size(model):
             reference = None  # a student with another tokenizer
@@ -455,8 +460,6 @@ def _changes(before: dict[str, Any], about: dict[str, Any]) -> list[str]:
     return found
 
 
-def _disk_bytes(directory: Path | None) -> int:
-    """Of the weights in a model directory; 0 for a model that lies in memory only."""
-    if directory is None:
-        return 0
+def _disk_bytes(directory: Path) -> int:
+    """Of the weights in a model directory."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

@@ -14,6 +14,7 @@ from quality_variants import SUITES, Variant
 
 from llmkern import prune, quantize
 from llmkern._drive import sort_options
+from llmkern.assets import calibration_text
 from llmkern.prune import METHODS as PRUNE
 from llmkern.quantize import METHODS as QUANTIZE
 
@@ -54,3 +55,21 @@ def test_record_holds_protocol_and_figures(tmp_path: Path) -> None:
     assert run["zeros"] == 0.5
     assert f"magnitude 2:4: KL {run['kl']:.5f}" in output
     assert "held-out" in output
+
+
+def test_orders_end_with_models_of_one_size(tmp_path: Path) -> None:
+    file = tmp_path / "quality.json"
+    command = [sys.executable, str(ROOT / "bench/quality.py"), "--order", "--steps", "1"]
+    command += ["--windows", "2", "--samples", "2", "--json", str(file)]
+    command += ["--training", str(calibration_text())]
+    subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    record = json.loads(file.read_text())["order"]
+    runs = {row["variant"]: row["run"] for row in record["rows"]}
+    assert list(runs) == [
+        "prune → quantize → distill",
+        "quantize → prune → distill",
+        "distill → prune → quantize",
+    ]
+    assert len({run["parameters"] for run in runs.values()}) == 1
+    assert len({run["file_bytes"] // 1000 for run in runs.values()}) == 1
+    assert len({run["kl"] for run in runs.values()}) == 3

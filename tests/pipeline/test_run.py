@@ -81,6 +81,7 @@ def test_every_order_runs_and_a_costly_one_warns(order, model_dir, tokens, held_
 def test_warnings_say_what_an_order_costs():
     assert order_warnings([PRUNE, QUANTIZE, DISTILL]) == []
     assert order_warnings([PRUNE, PRUNE]) == []
+    assert order_warnings([PRUNE, QUANTIZE, DISTILL, QUANTIZE]) == []
     (text,) = order_warnings([QUANTIZE, PRUNE])
     assert text.startswith("stages 1 and 2: quantize before prune: pruning needs dense weights")
     (text,) = order_warnings([DISTILL, QUANTIZE])
