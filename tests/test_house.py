@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "train",
     },
     "evaluate": {"calibrate", "formats", "models", "nn"},
+    "harness": set(),
     "train": set(),
     "distill": {
         "_drive",
