@@ -79,11 +79,9 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 def open_tokenizer(model_dir: str) -> Any:
     """The tokenizer beside the model, or None where there is none."""
-    from transformers import AutoTokenizer
+    from llmkern.hf import load_tokenizer
 
-    if not any(Path(model_dir).glob("tokenizer*")):
-        return None
-    return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    return load_tokenizer(model_dir)
 
 
 def given_options(context: typer.Context, own: Sequence[str]) -> dict[str, Any]:

@@ -58,8 +58,9 @@ def compare(
     device: Device = None,
 ) -> None:
     """Apply every technique to a model, one after the other, and compare size, speed and accuracy."""
-    from llmkern.pipeline.compare import chosen_labels, file_bytes
+    from llmkern.pipeline.compare import chosen_labels
     from llmkern.pipeline.compare import compare as run
+    from llmkern.pipeline.measure import file_bytes
     from llmkern.pipeline.report import write_report
 
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]

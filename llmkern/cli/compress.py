@@ -5,15 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from llmkern.cli.app import Device, DType, Model, app, console, parse_dtype
-
-if TYPE_CHECKING:
-    from llmkern.pipeline import PipelineReport
+from llmkern.cli.report_table import print_report
 
 
 @app.command()
@@ -75,33 +72,5 @@ def compress(
         progress=True,
         command=shlex.join(["llmkern", *sys.argv[1:]]),
     )
-    console.print(_table(report))
+    print_report(report)
     console.print(f"saved to {output}, report: {output / 'report.html'}", soft_wrap=True)
-
-
-def _table(report: PipelineReport) -> Table:
-    """One row per stage."""
-    table = Table(box=None, header_style="bold")
-    names = ("parameters", "MB", "perplexity", "KL", "top-1", "prefill/s", "decode/s", "seconds")
-    table.add_column("")
-    for name in (*names, "peak MB"):
-        table.add_column(name, justify="right")
-    for stage in report.stages:
-        found, peak = stage.evaluation, stage.peak_memory_bytes
-        cells = [
-            f"{stage.parameters / 1e6:.2f} M",
-            f"{found['weight_bytes'] / 1e6:.2f}",
-            f"{found['perplexity']:.3f}",
-            _cell(found["kl"], ".4f"),
-            _cell(found["top1_agreement"], ".3f"),
-            _cell(found["prefill_tokens_per_s"], ".0f"),
-            _cell(found["decode_tokens_per_s"], ".0f"),
-            f"{stage.seconds:.1f}",
-            _cell(None if peak is None else peak / 1e6, ".0f"),
-        ]
-        table.add_row(stage.label, *cells)
-    return table
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

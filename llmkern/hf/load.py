@@ -92,6 +92,15 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
+def load_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer beside a model, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    if not any(Path(directory).glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
 def _with_widths(model_class: Any, files: CheckpointFiles) -> Any:
     """The class itself, or one that builds each block in its own width where the config says so."""
     entry = files.config.get(ENTRY)

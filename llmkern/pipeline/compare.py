@@ -30,14 +30,13 @@ from llmkern.models import evaluation_mode
 from llmkern.pipeline._options import nearest
 from llmkern.pipeline._peak import PeakMemory
 from llmkern.pipeline._stage import Context, Stage
-from llmkern.pipeline.measure import measure
+from llmkern.pipeline.measure import beginnings, file_bytes, measure
 from llmkern.pipeline.records import PipelineReport, StageRecord
 from llmkern.pipeline.report_view import RATES
 from llmkern.pipeline.stages import STAGES
 
 # What a method raises for a model, an amount or data that it cannot work with.
 _REFUSALS = (ValueError, NotImplementedError, FloatingPointError, torch.OutOfMemoryError)
-_PROMPT_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -290,8 +289,7 @@ class _Comparison:
         tokenizer = self._settings.tokenizer
         if given is not None or tokenizer is None:
             return list(given or ())
-        length = min(_PROMPT_TOKENS, windows.shape[1] // 2)
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in windows[:, :length]]
+        return beginnings(windows, tokenizer)
 
     def _measured(self, model: Any, reference: Any) -> dict[str, Any]:
         return measure(
@@ -321,8 +319,3 @@ def _noted(caught: list[warnings.WarningMessage]) -> list[str]:
                 warning.message, warning.category, warning.filename, warning.lineno
             )
     return list(notes)
-
-
-def file_bytes(directory: Path) -> int:
-    """Bytes of the safetensors files in a directory."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

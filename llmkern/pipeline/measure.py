@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from llmkern.models import evaluation_mode, find_blocks, text_config
 from llmkern.nn import PackedLinear
 
 NEW_TOKENS = 64
+_PROMPT_TOKENS = 24
 
 
 def measure(
@@ -57,6 +59,17 @@ def count_parameters(model: nn.Module) -> int:
     parameters = {id(p): p.numel() for p in model.parameters()}
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     return sum(parameters.values()) + sum(p.out_features * p.in_features for p in packed)
+
+
+def file_bytes(directory: Path) -> int:
+    """Bytes of the safetensors files in a directory."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def beginnings(windows: Tensor, tokenizer: Any) -> list[str]:
+    """The first tokens of each window as text, for prompts."""
+    length = min(_PROMPT_TOKENS, windows.shape[1] // 2)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in windows[:, :length]]
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS) -> str:

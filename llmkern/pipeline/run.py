@@ -24,22 +24,22 @@ from llmkern.assets import evaluation_text
 from llmkern.calibrate import load_tokens
 from llmkern.calibrate.data import Source
 from llmkern.evaluate import weight_bytes
-from llmkern.hf import accelerate_sparse, load, save
+from llmkern.hf import accelerate_sparse, load, load_tokenizer, save
 from llmkern.models import context_length, vocabulary_size
 from llmkern.pipeline import _fingerprint
 from llmkern.pipeline._directory import RunDirectory
 from llmkern.pipeline._order import order_warnings
 from llmkern.pipeline._peak import PeakMemory
 from llmkern.pipeline._stage import BUILTIN, Context, Stage, source_of
-from llmkern.pipeline.measure import measure, sensitivity
+from llmkern.pipeline.measure import beginnings, file_bytes, measure, sensitivity
 from llmkern.pipeline.recipe import dump_recipe
 from llmkern.pipeline.records import PipelineReport, StageRecord
 from llmkern.pipeline.report import write_report
 
 ORIGINAL = "original"
-# Windows on which each block's change is measured alone, and prompts of so many tokens to continue.
+# Windows on which each block's change is measured alone.
 _SENSITIVITY_WINDOWS = 8
-_PROMPTS, _PROMPT_TOKENS = 3, 24
+_PROMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _Origin:
                 )
             place = next(model.parameters()).device
             return cls(model, None, options.tokenizer, None, place)
-        tokenizer = options.tokenizer or open_tokenizer(Path(model))
+        tokenizer = options.tokenizer or load_tokenizer(Path(model))
         device = torch.device(options.device or default)
         return cls(None, Path(model), tokenizer, options.dtype, device)
 
@@ -208,15 +208,6 @@ class _Origin:
 
     def fingerprint(self) -> str:
         return _fingerprint.of_model(self.directory or self.model)
-
-
-def open_tokenizer(directory: Path) -> Any:
-    """The tokenizer beside a model, or None where there is none."""
-    from transformers import AutoTokenizer
-
-    if not any(directory.glob("tokenizer*")):
-        return None
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 @dataclass
@@ -354,7 +345,7 @@ class _Run:
                 options={"method": stage.method, **stage.options},
                 seed=stage.seed,
                 directory=f"stages/{name}",
-                disk_bytes=_disk_bytes(partial),
+                disk_bytes=file_bytes(partial),
                 # The drivers count what a killed run had spent on what it had finished.
                 seconds=max(seconds, float(driver.get("seconds", 0.0))),
                 peak_memory_bytes=peak.bytes or None,
@@ -373,7 +364,7 @@ class _Run:
             tokenizer=tokenizer,
             calibration=source_of(self.options.calibration),
             original=self.origin.open,
-            load=lambda directory: (self._open(Path(directory)), open_tokenizer(Path(directory))),
+            load=lambda directory: (self._open(Path(directory)), load_tokenizer(Path(directory))),
             checkpoint=self.where.state(f"{index}-{stage.name}"),
             progress=self.options.progress,
         )
@@ -390,7 +381,7 @@ class _Run:
         if index == 1:
             return self.origin.copy(), self.origin.tokenizer
         before = self.where.stage(f"{index - 1}-{self.stages[index - 2].name}")
-        return self._open(before), open_tokenizer(before)
+        return self._open(before), load_tokenizer(before)
 
     def _open(self, directory: Path) -> Any:
         return load(directory, dtype="auto").to(self.origin.device)  # type: ignore[arg-type]
@@ -414,13 +405,12 @@ class _Run:
         if tokenizer is None:
             return []
         windows = self._windows(model, tokenizer)
-        length = min(_PROMPT_TOKENS, windows.shape[1] // 2)
-        rows = windows[:: max(1, len(windows) // _PROMPTS)][:_PROMPTS, :length]
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        rows = windows[:: max(1, len(windows) // _PROMPTS)][:_PROMPTS]
+        return beginnings(rows, tokenizer)
 
     def _original_bytes(self, model: Any) -> int:
         directory = self.origin.directory
-        return weight_bytes(model) if directory is None else _disk_bytes(directory)
+        return weight_bytes(model) if directory is None else file_bytes(directory)
 
     def _measured(self, model: Any, tokenizer: Any, reference: Any) -> dict[str, Any]:
         if reference is not None and vocabulary_size(reference) != vocabulary_size(model):
@@ -458,8 +448,3 @@ def _changes(before: dict[str, Any], about: dict[str, Any]) -> list[str]:
                 was = before[kind].get(name)
                 found.append(f"the run was resumed with other {kind}: {name} was {was}, is {value}")
     return found
-
-
-def _disk_bytes(directory: Path) -> int:
-    """Of the weights in a model directory."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

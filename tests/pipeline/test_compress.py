@@ -37,7 +37,7 @@ def test_command_compresses_and_reports(recipe, model_dir, tokens, held_out, tmp
     assert result.returncode == 0, result.stderr
     assert "stage 1 of 2: prune magnitude 50 %" in result.stderr
     assert "stage 2 of 2: quantize gptq 4 bits" in result.stderr
-    for text in ("saved to", "report.html"):
+    for text in ("original", "quantize gptq 4 bits", "saved to", "report.html"):
         assert text in result.stdout
     report = json.loads((out / "report.json").read_text())
     words = ["llmkern", "compress", *map(str, given)]
