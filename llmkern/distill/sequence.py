@@ -49,7 +49,9 @@ class SequenceOptions(SamplingOptions):
         prompts: file of prompts that the teacher answers (.jsonl with {"prompt": ...} a line, or a text
             with a prompt a line), or the prompts; None: the answers are there already.
         answers: file that keeps the teacher's answers, from which an interrupted run goes on; without
-            prompts, the file of prompts and answers to train on (see `read_pairs` for its lines).
+            prompts, the file of prompts and answers to train on (see `read_pairs` for its lines). Of
+            several processes the main one asks the teacher while the others wait, no longer than the
+            timeout of their group: for many prompts let one process alone write the file first.
         answers_per_prompt: how many the teacher gives.
         answer_batch: prompts per forward of the teacher.
         stop: text before which an answer ends.
@@ -156,6 +158,8 @@ def gather(
         options.answer_batch,
     )
     file = None if options.answers is None else Path(options.answers)
+    if file is not None and file.is_dir():
+        raise ValueError(f"answers: got {file}, a directory, expected a file to write")
     with main_process_first(job.student):
         return collect_answers(job.teacher, asked, questions, file, job.progress)
 

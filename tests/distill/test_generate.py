@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -121,6 +123,25 @@ def test_top_p_keeps_the_smallest_set_of_that_probability():
         want = torch.tensor([0.5, 0.3, 0.15, 0.05])[kept]
         got = log_prob.exp()[token == 0]
         torch.testing.assert_close(got, (want[0] / want.sum()).expand_as(got))
+
+
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=9),
+    st.sampled_from([0.0, 0.3, 0.999999]),
+    st.floats(0, 1, exclude_max=True, width=32),
+    st.floats(0.01, 1),
+    st.sampled_from([0.0, 0.1, 1.0, 3.0]),
+)
+@settings(deadline=None, max_examples=200)
+def test_every_draw_is_possible_and_knows_its_probability(values, share, u, top_p, temperature):
+    logits = torch.tensor([values])
+    other = logits.flip(1)
+    options = SamplingOptions(1, sample_temperature=temperature, top_p=top_p)
+    token, log_prob = draw([logits, other], torch.tensor([u]), options, share)
+    assert 0 <= int(token) < len(values)
+    assert -1e4 < float(log_prob) <= 1e-6
+    if temperature == 0 and share == 0:
+        assert int(token) == values.index(max(values))
 
 
 def test_mixture_reads_both_models():

@@ -263,6 +263,7 @@ def test_stop_ends_an_answer(tmp_path):
         ({"prompts": (), "teacher": 1}, "prompts: got no prompt in"),
         ({"answers": "x", "top_p": 0.5}, "top_p: got 0.5 without prompts, expected prompts"),
         ({"answers": "x"}, "answers: got 'x', expected an existing file"),
+        ({"answers": "/", "prompts": PROMPTS}, "answers: got /, a directory, expected a file"),
         ({"prompts": PROMPTS, "data": "x y"}, "data: not an option of method 'sequence'"),
         ({"prompts": PROMPTS, "samples": 5}, "samples: not an option of method 'sequence'"),
         ({"prompts": PROMPTS, "tokenizer": None}, "tokenizer: got None, expected the student's"),
