@@ -37,9 +37,10 @@ def write_report(report: PipelineReport, directory: str | Path) -> list[Path]:
         raise ValueError("report: got no stages, expected the original at least")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    shown = view.distinct_labels(report)
     texts = {
-        "report.html": html(report),
-        "report.md": markdown(report),
+        "report.html": html(shown),
+        "report.md": markdown(shown),
         "report.json": json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n",
     }
     for name, text in texts.items():

@@ -75,7 +75,10 @@ def plots(report: PipelineReport) -> list[Plot]:
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # A name in letters that the font lacks is drawn as boxes; the table has it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        made = (_size(report), _sensitivity(report), _loss(report), _layers(report))
+        others = [_size(report), _sensitivity(report), _layers(report)]
+        narrow = sum(plot is not None and not plot.wide for plot in others)
+        # Two narrow plots stand beside each other; an odd one would leave a hole.
+        made = [*others[:2], _loss(report, wide=narrow % 2 == 0), others[2]]
     return [plot for plot in made if plot is not None]
 
 
@@ -119,10 +122,12 @@ def _plain(axis: Any, *, log: bool) -> None:
 
 
 def _size(report: PipelineReport) -> Plot | None:
+    # A model that is in memory only has no size on disk.
+    key = "disk" if all(BY_KEY["disk"].value(r) for r in report.stages) else "memory"
     points = [
-        (x, y, record.label)
+        (x, y, record)
         for record in report.stages
-        if (x := BY_KEY["disk"].value(record)) is not None
+        if (x := BY_KEY[key].value(record)) is not None
         and (y := BY_KEY["perplexity"].value(record)) is not None
         and math.isfinite(y)
     ]
@@ -134,18 +139,18 @@ def _size(report: PipelineReport) -> Plot | None:
     xs, ys = [x / step for x, _, _ in points], [y for _, y, _ in points]
     if report.in_sequence:
         axes.plot(xs, ys, color=_MUTED, linewidth=1, zorder=1)
-    for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        colour = _MUTED if index == 0 else _COLOURS[0]
+    for x, y, (_, _, record) in zip(xs, ys, points, strict=True):
+        colour = _MUTED if record is report.stages[0] else _COLOURS[0]
         axes.scatter(x, y, s=42, color=colour, zorder=2)
     log = max(ys) > 3 * min(ys)
     if log:
         axes.set_yscale("log")
     axes.margins(0.14, 0.14)
     _plain(axes.yaxis, log=log)
-    axes.set_xlabel(f"on disk ({'GB' if step == 1e9 else 'MB'})")
+    axes.set_xlabel(f"{BY_KEY[key].phrase} ({'GB' if step == 1e9 else 'MB'})")
     axes.set_ylabel("perplexity")
     axes.grid(linewidth=0.6)
-    _place_labels(axes, xs, ys, [label for _, _, label in points], line=report.in_sequence)
+    _place_labels(axes, xs, ys, [record.label for _, _, record in points], line=report.in_sequence)
     caption = "Lower left is better." + (
         " The line follows the stages." if report.in_sequence else ""
     )
@@ -317,14 +322,14 @@ def loss_curves(record: StageRecord) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def _loss(report: PipelineReport) -> Plot | None:
+def _loss(report: PipelineReport, *, wide: bool) -> Plot | None:
     found = [(record.label, loss_curves(record)) for record in report.stages]
     lines = [
         (f"{label}: {name}", curve) for label, curves in found for name, curve in curves.items()
     ]
     if not lines:
         return None
-    figure = _figure(_WIDTHS[False], 4.0)
+    figure = _figure(_WIDTHS[wide], 4.0)
     axes = figure.subplots()
     for index, (label, curve) in enumerate(lines):
         colour = _COLOURS[index % SERIES]
@@ -343,7 +348,7 @@ def _loss(report: PipelineReport) -> Plot | None:
         if any(len(curve) >= 40 for _, curve in lines)
         else "Every step."
     )
-    return Plot("Loss of training", caption, _svg(figure, "loss", "loss of training"))
+    return Plot("Loss of training", caption, _svg(figure, "loss", "loss of training"), wide)
 
 
 def _steps_axis(axes: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -236,6 +237,18 @@ _SPEEDS = ("prefill", "decode")
 _ABSOLUTE = ("kl", "top1")
 
 
+def distinct_labels(report: PipelineReport) -> PipelineReport:
+    """The report with no two stages of one label: the number of the stage is added to such ones."""
+    labels = [record.label for record in report.stages]
+    stages = [
+        record
+        if labels.count(record.label) == 1
+        else dataclasses.replace(record, label=f"{record.label} ({index})")
+        for index, record in enumerate(report.stages)
+    ]
+    return dataclasses.replace(report, stages=stages)
+
+
 def used_columns(report: PipelineReport) -> list[Column]:
     """The columns of which at least one stage has a figure."""
     return [c for c in COLUMNS if any(c.value(record) is not None for record in report.stages)]
@@ -400,7 +413,8 @@ def _totals(report: PipelineReport) -> list[Tile | None]:
         distance = Tile("KL to the original", f"{kl:.4f} nats", agreed, "")
     spent = sum(record.seconds for record in report.stages[1:])
     return [
-        tile("disk", "Size on disk", ("larger", "smaller")),
+        tile("disk", "Size on disk", ("larger", "smaller"))
+        or tile("memory", "Size in memory", ("larger", "smaller")),
         tile("perplexity", "Perplexity", None),
         distance,
         tile("decode", "Decoding", ("faster", "slower")),

@@ -170,8 +170,23 @@ def test_a_model_without_files_has_no_size_on_disk(sample: PipelineReport) -> No
     sample.stages[0] = dataclasses.replace(sample.stages[0], disk_bytes=0)
     cells = dict(zip(view.BY_KEY, view.rows(sample, view.COLUMNS)[0].cells, strict=True))
     assert (cells["disk"].value, cells["disk"].text) == (None, "–")
-    assert "Size on disk" not in [tile.title for tile in view.tiles(sample)]
+    assert view.tiles(sample)[0].title == "Size in memory"
     assert plots(sample)[0].title == "Size against perplexity"
+
+
+def test_stages_of_one_label_are_told_apart(sample: PipelineReport, tmp_path: Path) -> None:
+    sample.stages[1] = dataclasses.replace(sample.stages[1], label="quantize $x$ 4-bit")
+    paths = write_report(sample, tmp_path)
+    labels = ["original", "quantize $x$ 4-bit (1)", "quantize $x$ 4-bit (2)"]
+    shown = [row[0].split("method")[0].strip() for row in Page(paths[0].read_text()).rows[1:]]
+    assert shown[:3] == labels
+    assert json.loads(paths[2].read_text())["stages"][1]["label"] == "quantize $x$ 4-bit"
+
+
+def test_no_plot_stands_alone_beside_a_hole(sample: PipelineReport) -> None:
+    assert [plot.wide for plot in plots(sample)] == [False, False, False, False]
+    sample.stages.append(dataclasses.replace(sample.stages[2], name="4-quantize"))
+    assert [plot.wide for plot in plots(sample)] == [False, False, True, True]
 
 
 def test_losses_of_training_and_recovery_are_found(sample: PipelineReport) -> None:
