@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern.formats import int4_cuda, lut4_cuda, sparse24_cuda
 from llmkern.formats.int4 import pack_codes, pack_zeros
@@ -390,3 +392,37 @@ SPARSE24_CASES = {
     "codes_m257_large_tiles_g64": Sparse24Case(257, 65, 448, 64, False, torch.float16),
     "codes_m300_large_tiles_g32": Sparse24Case(300, 133, 160, 32, False),
 }
+
+
+class TensorPeak(TorchDispatchMode):
+    """Context that watches how many bytes of tensors are alive, those of `model` apart.
+
+    Attributes:
+        now: bytes at this moment.
+        most: the largest `now` so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.untyped_storage()._tracked = True  # type: ignore[attr-defined]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self._track(tensor.untyped_storage())
+        return out
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        if getattr(storage, "_tracked", False):
+            return
+        storage._tracked = True  # type: ignore[attr-defined]
+        size = storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size

@@ -76,7 +76,8 @@ def find_units(model: nn.Module) -> list[list[Units]]:
     packed, has fewer kinds of units, or none.
 
     Args:
-        model: a causal language model with data in its weights.
+        model: a causal language model. Without data in its weights (on the meta device) shapes alone
+            decide, which tells kinds and numbers of units, but not how a fused projection is arranged.
 
     Raises:
         ValueError: the blocks were not found, or not run; NaN or Inf in their activations (the layer is
@@ -117,10 +118,24 @@ def _calls(model: nn.Module, blocks: nn.ModuleList) -> list[_Run]:
         for index, block in enumerate(blocks):
             handle = block.register_forward_pre_hook(keep(index), with_kwargs=True)
             stack.callback(handle.remove)
-        getattr(model, "base_model", model)(input_ids=tokens[None], use_cache=False)
+        _probe(getattr(model, "base_model", model), tokens[None])
     if len(runs) != len(blocks):
         raise ValueError(f"model: {type(model).__name__} does not run each of its blocks")
     return [runs[index] for index in range(len(blocks))]
+
+
+def _probe(body: nn.Module, tokens: Tensor) -> None:
+    if not tokens.is_meta:
+        body(input_ids=tokens, use_cache=False)
+        return
+    # Without a mask, transformers looks whether positions repeat, and there is nothing to look at; but
+    # not every model takes a ready mask.
+    size = tokens.shape[1]
+    mask = torch.ones(1, 1, size, size, dtype=torch.bool, device="meta")
+    try:
+        body(input_ids=tokens, attention_mask=mask, use_cache=False)
+    except Exception:  # models raise what they like
+        body(input_ids=tokens, use_cache=False)
 
 
 def _fresh(value: Any) -> Any:
@@ -164,6 +179,8 @@ def _inputs(block: nn.Module, run: _Run) -> dict[str, Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta:  # no addresses
+        return a is b
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a._version == b._version
 
 
@@ -215,6 +232,8 @@ def _attention(
 
 def _holds(block: nn.Module, run: _Run, units: Units) -> bool:
     """Whether changing a unit's rows changes what its own columns read, and nothing else."""
+    if weight_rows(block.get_submodule(units.consumer)).is_meta:
+        return True
     before = _read_by(block, run, units.consumer)
     for unit in sorted({0, len(units) // 2, len(units) - 1}):
         with _disturbed(block, units, unit):

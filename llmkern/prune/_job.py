@@ -32,6 +32,7 @@ class Job:
         calibration, tokenizer: as given; see `windows`.
         data_given: names of the options of `data` that the caller gave.
         checkpoint, resume: as given.
+        dry: the model has no data: only plans are made.
         journal: what keeps the finished blocks, once `open_journal` has been called; None: nothing does.
     """
 
@@ -47,6 +48,7 @@ class Job:
     data_given: tuple[str, ...] = ()
     checkpoint: str | Path | None = None
     resume: bool = False
+    dry: bool = False
     journal: Journal | None = field(default=None, repr=False)
     _windows: Tensor | None = field(default=None, repr=False)
 

@@ -76,7 +76,7 @@ def prune_layers(job: Job, *, prune: Prune, statistic: type[InputStatistic] | No
         prune: the method.
         statistic: of each layer's inputs, for `prune`; None where it looks at the weights alone.
     """
-    plan, shared = _plan(job)
+    plan, shared = plan_pruning(job)
     compensated = _compensated(job, plan)
     if statistic is None and compensated:
         statistic = ActivationNormStatistic
@@ -181,7 +181,7 @@ def _mean_of_removed(
     return (before.float() - after.to(before.dtype).float()) @ inputs.mean()
 
 
-def _plan(job: Job) -> tuple[dict[str, Amount], frozenset[str]]:
+def plan_pruning(job: Job) -> tuple[dict[str, Amount], frozenset[str]]:
     """Amount of each layer to prune, all of it checked; and which layers no rule of their own names."""
     rules: dict[str, Amount | None] = {"*": job.amount}
     for glob, value in job.rules.items():
@@ -198,7 +198,9 @@ def _plan(job: Job) -> tuple[dict[str, Amount], frozenset[str]]:
             f"scope: got {options.scope!r} with a pattern, expected None: a pattern has no scope"
         )
     plan: dict[str, Amount]
-    plan, job.report.kept = plan_layers(job.model, rules, what="prune", check=_check_patterns)
+    plan, job.report.kept = plan_layers(
+        job.model, rules, what="prune", check=_check_patterns, values=not job.dry
+    )
     if options.allocation == "owl" and not isinstance(rules["*"], float):
         raise ValueError(f"allocation: got 'owl' with {rules['*']}, expected a sparsity to spread")
     return plan, frozenset(name for name in plan if winning_pattern(rules, name) == "*")

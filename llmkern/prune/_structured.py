@@ -71,7 +71,7 @@ def prune_units(
     layers = layers or find_layers(model, kinds, options.round_to)
     if job.journal is None:
         job.open_journal(calibrated=options.calibrated)
-    plan = _plan(job, layers, scores)
+    plan = plan_widths(job, layers, scores)
     config = changed_config(model.config, {} if options.allow_uneven else plan.overrides)
     if options.allow_uneven:
         write_widths(config, plan.per_block)
@@ -122,8 +122,16 @@ def check_job(job: Job) -> None:
         job.refuse_calibration("importance 'magnitude' without compensate or recovery")
 
 
-def find_layers(model: nn.Module, kinds: Sequence[str], round_to: int | None) -> list[Layer]:
+def find_layers(
+    model: nn.Module, kinds: Sequence[str], round_to: int | None, *, values: bool = True
+) -> list[Layer]:
     """The layers to be thinned, in the order of execution.
+
+    Args:
+        model: a causal language model.
+        kinds: of units, see `Units.kind`; each block must have a layer of one of them.
+        round_to: what widths of MLPs are multiples of; None: see `multiple_of`.
+        values: look at the weights' values; False for a model without data.
 
     Raises:
         ValueError: a block has no such units, or weights that cannot be worked on (named).
@@ -131,7 +139,7 @@ def find_layers(model: nn.Module, kinds: Sequence[str], round_to: int | None) ->
     layers: list[Layer] = []
     allowed: dict[tuple[str, int], tuple[int, ...]] = {}
     for name, block in find_blocks(model).items():
-        for linear, module in block_linears(block).items():
+        for linear, module in block_linears(block).items() if values else ():
             check_values(f"{name}.{linear}", module)
     found = find_units(model)
     for index, (name, block) in enumerate(find_blocks(model).items()):
@@ -163,17 +171,19 @@ def _missing(kinds: Sequence[str], found: list[Units]) -> str:
 
 
 @dataclass
-class _Plan:
+class WidthPlan:
+    """What becomes of the widths of a model."""
+
     counts: dict[str, int]  # full name of a layer -> units that it keeps
     overrides: dict[str, Any]  # config entries, where all blocks have one width
     per_block: list[dict[str, Any]]  # those of each block, where they differ
     notes: list[str]
 
 
-def _plan(job: Job, layers: list[Layer], scores: Scores | None) -> _Plan:
+def plan_widths(job: Job, layers: list[Layer], scores: Scores | None = None) -> WidthPlan:
     """How many units each layer keeps, checked against what the model class can be built with."""
     model, options = job.model, job.options
-    plan = _Plan({}, {}, [{} for _ in find_blocks(model).modules], [])
+    plan = WidthPlan({}, {}, [{} for _ in find_blocks(model).modules], [])
     if options.allow_uneven:
         plan.counts = _uneven(job, layers, scores)
         plan.notes.append("the blocks have widths of their own: only llmkern.load reads the result")

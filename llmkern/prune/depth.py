@@ -74,7 +74,7 @@ def depth(job: Job) -> None:
         raise ValueError(f"rules: got {dict(job.rules)}, expected none: whole blocks go")
     total = len(find_blocks(model))
     candidates = list(range(options.keep_first, total - options.keep_last))
-    count = _count(job, candidates)
+    count = count_removed(job, candidates)
     # Which blocks go is only known when all is scored: of this a resumed run has nothing to go on from.
     job.open_journal(calibrated=True)
     removed: list[int] = []
@@ -107,7 +107,7 @@ def depth(job: Job) -> None:
         )
 
 
-def _count(job: Job, candidates: list[int]) -> int:
+def count_removed(job: Job, candidates: list[int]) -> int:
     """How many of the candidates go."""
     model, options = job.model, job.options
     modules = find_blocks(model).modules

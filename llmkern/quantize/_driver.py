@@ -100,7 +100,7 @@ def quantize(
     """
     start = time.perf_counter()
     settings, data = sort_options(method, METHODS, options)
-    plan, dense = _plan(
+    plan, dense = plan_formats(
         model, choose_format(method, bits, group_size, symmetric), dict(rules or {})
     )
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
@@ -309,8 +309,8 @@ def _check_bits(fmt: QuantFormat, argument: str) -> None:
         )
 
 
-def _plan(
-    model: nn.Module, default: _Format, rules: dict[str, _Format | None]
+def plan_formats(
+    model: nn.Module, default: _Format, rules: Mapping[str, _Format | None], *, values: bool = True
 ) -> tuple[_Formats, dict[str, str]]:
     """Format of each layer to quantize, all of it checked, and why each other one stays dense."""
     kind = type(default)
@@ -321,10 +321,12 @@ def _plan(
             )
         if isinstance(fmt, QuantFormat):
             _check_bits(fmt, f"rules[{pattern!r}]")
-    return plan_layers(model, {"*": default, **rules}, what="quantize", check=_check_groups)
+    return plan_layers(
+        model, {"*": default, **rules}, what="quantize", check=check_groups, values=values
+    )
 
 
-def _check_groups(asked: Mapping[str, tuple[int, _Format]]) -> None:
+def check_groups(asked: Mapping[str, tuple[int, _Format]]) -> None:
     bad = []
     for name, (K, fmt) in asked.items():
         size = fmt.block_size if isinstance(fmt, LutFormat) else fmt.group_size

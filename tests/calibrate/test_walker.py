@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmkern.calibrate import Block, HessianStatistic, Statistic, walk
 from llmkern.models import block_linears, find_blocks
-from llmkern.testing import assert_matches
+from llmkern.testing import TensorPeak, assert_matches
 
 VOCAB, WIDTH, LAYERS = 96, 32, 3
 
@@ -154,35 +154,6 @@ def test_one_block_is_held_at_a_time(tokens: Tensor) -> None:
     assert len(buffers) == 1
 
 
-class Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """Most bytes of tensors alive at once, those of `model` apart."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.untyped_storage()._tracked = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor):
-                self._track(tensor.untyped_storage())
-        return out
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        if getattr(storage, "_tracked", False):
-            return
-        storage._tracked = True
-        size = storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
 def test_memory_does_not_grow_with_the_number_of_blocks() -> None:
     tokens = torch.randint(0, VOCAB, (16, 32))
 
@@ -197,7 +168,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks() -> None:
             groups = block.groups()
             block.collect(groups, lambda g: hessians(g, block, tokens))
 
-        with Peak(model) as watch:
+        with TensorPeak(model) as watch:
             walk(model, tokens, stage, batch_size=1)
         return watch.most
 
