@@ -6,6 +6,7 @@
 
 #include <omp.h>
 
+#include "common/shares.h"
 #include "sparse24_block.h"
 
 namespace llmkern::LLMKERN_ISA {
@@ -115,8 +116,10 @@ void multiply(const Product& p, const Reader& reader) {
 #pragma omp parallel for schedule(static) if (rows.count * p.K >= kParallelElements)
     for (int64_t m = 0; m < rows.count; ++m)
       prepare(p, m0 + m, Reader::Weight::kScaled, width, rows_of_x + m * stride);
-#pragma omp parallel for schedule(dynamic) if (parallel)
-    for (int64_t first = 0; first < blocks; first += strip) {
+    Shares shares(ceil_div(blocks, strip), parallel ? omp_get_max_threads() : 1);
+#pragma omp parallel if (parallel)
+    for (int64_t i; (i = shares.next(omp_get_thread_num())) >= 0;) {
+      const int64_t first = i * strip;
       float* own = buffer.data() + sums_at + floats * (parallel ? omp_get_thread_num() : 0);
       multiply_strip(p, reader, X{rows_of_x, stride}, rows, first, min_of(strip, blocks - first),
                      own, own + scratch_at);

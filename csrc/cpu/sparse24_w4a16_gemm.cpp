@@ -43,10 +43,11 @@ class CodeReader {
         codes = static_cast<const int32_t*>(p_.qvalues) + 2 * word * kBlockRows;
         meta = static_cast<const int32_t*>(p_.meta) + word * kBlockRows;
         // Beyond the reach of the hardware prefetcher, which has many short streams to follow here.
-        for (int64_t i = 0; i < words; ++i) {
-          __builtin_prefetch(codes + kAhead + 2 * i * kBlockRows, 0, 2);
-          __builtin_prefetch(codes + kAhead + (2 * i + 1) * kBlockRows, 0, 2);
-          __builtin_prefetch(meta + kAhead / 2 + i * kBlockRows, 0, 2);
+        const int64_t ahead = words_ahead(k, count);
+        for (int64_t i = ahead; i < ahead + words; ++i) {
+          __builtin_prefetch(codes + 2 * i * kBlockRows, 0, 2);
+          __builtin_prefetch(codes + (2 * i + 1) * kBlockRows, 0, 2);
+          __builtin_prefetch(meta + i * kBlockRows, 0, 2);
         }
       } else {
         int32_t* block = own + b * kBlockWords;
@@ -62,15 +63,23 @@ class CodeReader {
 
  private:
   static constexpr int64_t kBlockWords = 3 * kPanelWords * kBlockRows;
-  static constexpr int64_t kAhead = 4 * 2 * kPanelWords * kBlockRows;  // four panels, 2 KB
+  static constexpr int64_t kWordsAhead = 32;  // of metadata: 4 KB of codes
+
+  // From column k of a block, in a strip of `count`, to what its thread reads kWordsAhead later:
+  // beyond the end of the rows, the same block of the next strip.
+  int64_t words_ahead(int64_t k, int64_t count) const {
+    const int64_t words = p_.K / kWordCols;
+    return kWordsAhead + (k / kWordCols + kWordsAhead < words ? 0 : (count - 1) * words);
+  }
 
   // Scales and zero points of some rows; scale 0 beyond N.
   void load_grids(int64_t n0, int64_t rows, int64_t group, float* scales, float* zeros) const {
     if (p_.layout == Sparse24Layout::kCpu) {
       const int64_t at = group * p_.N + n0;
-      // The next group's scales lie a row of N further, where no hardware prefetcher looks.
+      // The next groups' scales lie rows of N further, where no hardware prefetcher looks; those of
+      // the very next group are wanted too soon.
       const int64_t bytes = p_.scales_dtype == DType::kFloat32 ? 4 : 2;
-      const char* next = static_cast<const char*>(p_.scales) + (at + p_.N) * bytes;
+      const char* next = static_cast<const char*>(p_.scales) + (at + 2 * p_.N) * bytes;
       for (int64_t line = 0; line < rows * bytes; line += 64) __builtin_prefetch(next + line);
       to_float(p_.scales, at, p_.scales_dtype, rows, scales);
       if (kZeros)
