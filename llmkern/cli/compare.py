@@ -81,7 +81,8 @@ def compare(
         prompts=prompt or None,
         speed=speed,
         progress=True,
-        disk=file_bytes(Path(model_dir)),
+        # In another dtype than its files have, it is another size.
+        disk=None if dtype else file_bytes(Path(model_dir)),
         scratch=output,
         name=model_dir,
         command=shlex.join(["llmkern", *sys.argv[1:]]),

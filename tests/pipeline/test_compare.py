@@ -221,7 +221,8 @@ def test_command_prints_the_table_and_writes_the_report(
         "distill in context",
     ]
     assert all(label in text for label in labels)
-    assert report.stages[0].disk_bytes == (Path(BUNDLED) / "model.safetensors").stat().st_size
+    held = (Path(BUNDLED) / "model.safetensors").stat().st_size  # in bfloat16
+    assert report.stages[0].disk_bytes == pytest.approx(2 * held, rel=0.01)
     assert report.command.startswith("llmkern compare")
     assert [len(record.generations) for record in report.stages] == [1] * len(labels)
     assert sorted(path.name for path in out.iterdir()) == [
