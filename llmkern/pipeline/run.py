@@ -105,7 +105,7 @@ class Pipeline:
     def run(
         self,
         model: Any,
-        output: str | Path,
+        output: str | Path = "llmkern-out",
         *,
         resume: bool = False,
         overwrite: bool = False,
