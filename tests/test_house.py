@@ -56,7 +56,7 @@ MAY_IMPORT = {
     },
     "evaluate": {"calibrate", "formats", "models", "nn"},
     "harness": set(),
-    "train": set(),
+    "train": {"_files"},
     "distill": {
         "_drive",
         "calibrate",

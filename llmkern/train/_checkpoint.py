@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmkern._files import sync_tree
+
 _TENSORS, _STATE = "state.safetensors", "state.json"
 
 
@@ -39,6 +41,7 @@ class Checkpoint:
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).cpu().contiguous()
         save_file(tensors, self._next / _TENSORS)
         (self._next / _STATE).write_text(json.dumps(state) + "\n")
+        sync_tree(self._next)
         if self._newest.exists():
             # A process that was killed may have left one that was still to be deleted.
             shutil.rmtree(self._before, ignore_errors=True)
