@@ -49,6 +49,9 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option(help="Delete the run or model that OUTPUT holds.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would need and refuse, and stop.")
+    ] = False,
     dtype: DType = None,
     device: Device = None,
 ) -> None:
@@ -56,6 +59,17 @@ def compress(
     from llmkern.pipeline import Pipeline, default_recipe, load_recipe
 
     pipeline = Pipeline(default_recipe() if recipe is None else load_recipe(recipe))
+    if dry_run:
+        found = pipeline.preflight(
+            model_dir,
+            output,
+            calibration=calibration,
+            dtype=parse_dtype(dtype),
+            device=device,
+        )
+        console.print(found.table())
+        found.refuse()
+        return
     report = pipeline.run(
         model_dir,
         output,
@@ -70,6 +84,7 @@ def compress(
         dtype=parse_dtype(dtype),
         device=device,
         progress=True,
+        on_preflight=lambda found: console.print(found.table()),
         command=shlex.join(["llmkern", *sys.argv[1:]]),
     )
     print_report(report)

@@ -22,6 +22,7 @@ from torch import Tensor
 from llmkern._drive import DataOptions
 from llmkern.calibrate import load_tokens
 from llmkern.calibrate.data import DEFAULT_SEQ_LEN, Source
+from llmkern.hf import load_tokenizer
 from llmkern.models import context_length
 from llmkern.pipeline import _needs
 from llmkern.pipeline._needs import Tokens, shown
@@ -169,7 +170,7 @@ def check(
         result.errors += [Finding("model", text) for text in found.errors]
         return result
     if tokenizer is None and isinstance(model, str | Path):
-        tokenizer = _tokenizer(Path(model))
+        tokenizer = load_tokenizer(model)
     tied = tied_embeddings(original.model)
     if tied:
         result.notes.append(Finding("model", tied))
@@ -204,14 +205,6 @@ def _figures(
         weight_bytes=written,
         disk_bytes=written + _needs.journal(stage, after, tokens),
     )
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any(directory.glob("tokenizer*")):
-        return None
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 class _Data:

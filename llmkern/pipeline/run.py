@@ -10,7 +10,7 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +30,10 @@ from llmkern.pipeline import _fingerprint
 from llmkern.pipeline._directory import RunDirectory
 from llmkern.pipeline._order import order_warnings
 from llmkern.pipeline._peak import PeakMemory
-from llmkern.pipeline._stage import BUILTIN, Context, Stage, source_of
+from llmkern.pipeline._shapes import read_shapes
+from llmkern.pipeline._stage import Context, Stage, source_of
 from llmkern.pipeline.measure import beginnings, file_bytes, measure, sensitivity
+from llmkern.pipeline.preflight import Preflight, check
 from llmkern.pipeline.recipe import dump_recipe
 from llmkern.pipeline.records import PipelineReport, StageRecord
 from llmkern.pipeline.report import write_report
@@ -60,6 +62,7 @@ class RunOptions:
         sensitivity: measure what each block's change costs alone.
         progress: say what is being done on standard error, with progress bars.
         command: for the report; None is the Python call.
+        on_preflight: called with what the preflight has found, before any work.
     """
 
     calibration: Source = None
@@ -73,6 +76,7 @@ class RunOptions:
     sensitivity: bool = True
     progress: bool = False
     command: str | None = None
+    on_preflight: Callable[[Preflight], None] | None = None
 
     def __post_init__(self) -> None:
         if self.evaluation_windows < 1:
@@ -127,27 +131,50 @@ class Pipeline:
             The report, which is also written (report.html, report.md, report.json).
 
         Raises:
-            ValueError: a stage that needs data without any, a model or data that cannot be read, resume
-                with a changed recipe, model, data or setting (shown): all before any work; what a
-                stage's driver refuses.
+            ValueError: what the preflight calls impossible (all of it), data to evaluate on that cannot
+                be read, resume with a changed recipe, model, data or setting (shown): all before any
+                work; what a stage's driver refuses.
             FileExistsError: `output` holds a run, a model or other files.
             FloatingPointError: a loss became NaN. The stages before it stay, and so does the last
                 checkpoint of the training.
 
         Warns:
-            UserWarning: an order of stages that costs quality.
+            UserWarning: an order of stages that costs quality; what the preflight warns of.
         """
         settings = RunOptions(**options)
         where = RunDirectory(Path(output))
         where.check(resume=resume, overwrite=overwrite)
         run = _Run(self.stages, _Origin.of(model, settings), where, settings)
-        run.check(output)
+        found = run.check(output, going_on=resume and where.is_run())
         about = {"versions": env.versions(), "hardware": env.hardware()}
         before = where.begin(run.settings(), dump_recipe(self.stages), about, resume=resume)
         if before is not None:
             run.say(f"going on with the run in {where.root}")
         with _quiet_transformers():
-            return run.work(self, about, before or about)
+            return run.work(self, about, before or about, [str(w) for w in found.warnings])
+
+    def preflight(self, model: Any, output: str | Path, **options: Any) -> Preflight:
+        """What `run` with the same arguments would need, and refuse, found without any work.
+
+        Raises:
+            ValueError: an option that there is not.
+        """
+        settings = RunOptions(**options)
+        return _preflight(self.stages, _Origin.of(model, settings), settings, Path(output))
+
+
+def _preflight(
+    stages: Sequence[Stage], origin: _Origin, options: RunOptions, output: Path | None
+) -> Preflight:
+    return check(
+        origin.model if origin.directory is None else origin.directory,
+        stages,
+        calibration=options.calibration,
+        tokenizer=origin.tokenizer,
+        output=output,
+        dtype=origin.dtype,
+        device=origin.device,
+    )
 
 
 @contextmanager
@@ -228,8 +255,12 @@ class _Run:
 
             tqdm.write(text, file=sys.stderr)
 
-    def check(self, output: str | Path) -> None:
+    def check(self, output: str | Path, *, going_on: bool) -> Preflight:
         """Refuse what cannot work, before anything is written.
+
+        Args:
+            output: as given.
+            going_on: a run goes on, so that part of what it needs of the disk is already there.
 
         Raises:
             ValueError: see `Pipeline.run`.
@@ -239,17 +270,16 @@ class _Run:
             raise ValueError(
                 f"output: got {output}, expected a directory that does not hold the model"
             )
-        for index, stage in enumerate(self.stages, 1):
-            if stage.needs_calibration and stage.own_data is None:
-                self._check_data(index, stage)
-
-    def _check_data(self, index: int, stage: Stage) -> None:
-        if self.options.calibration is None:
-            raise ValueError(
-                f"calibration: got none for stage {index} ({stage.label}), expected text, tokens or a "
-                f"dataset like those that the model is for, or {BUILTIN!r}, the text that comes with "
-                "llmkern"
-            )
+        options = self.options
+        found = _preflight(self.stages, self.origin, options, None if going_on else self.where.root)
+        if options.on_preflight is not None:
+            options.on_preflight(found)
+        found.refuse()
+        # A model without data tells all that reading the evaluation text takes.
+        skeleton = read_shapes(source or self.origin.model, self.origin.dtype).model
+        self._windows(skeleton, self.origin.tokenizer)
+        self.prompts = self._prompts(skeleton)
+        return found
 
     def settings(self) -> dict[str, Any]:
         """All that the result depends on."""
@@ -271,7 +301,11 @@ class _Run:
         }
 
     def work(
-        self, pipeline: Pipeline, about: dict[str, Any], before: dict[str, Any]
+        self,
+        pipeline: Pipeline,
+        about: dict[str, Any],
+        before: dict[str, Any],
+        found: Sequence[str],
     ) -> PipelineReport:
         """Do what is not done yet, publish the last stage and write the report.
 
@@ -279,6 +313,7 @@ class _Run:
             pipeline: for the report.
             about: versions and hardware, of this process.
             before: those of the process that began the run.
+            found: warnings of the preflight.
         """
         options, labels = self.options, [stage.label for stage in self.stages]
         report = PipelineReport(
@@ -287,7 +322,7 @@ class _Run:
             model=self.origin.name,
             recipe=[stage.to_dict() for stage in self.stages],
             **about,
-            warnings=[*order_warnings(self.stages), *_changes(before, about)],
+            warnings=[*order_warnings(self.stages), *found, *_changes(before, about)],
         )
         for text in report.warnings:
             warnings.warn(text, UserWarning, stacklevel=3)
@@ -302,11 +337,10 @@ class _Run:
         return report
 
     def _original(self, about: dict[str, Any]) -> StageRecord:
-        model = self.origin.open()
-        self.prompts = self._prompts(model)
         done = self.where.record(ORIGINAL)
         if done is not None:
             return done[0]
+        model = self.origin.open()
         self.say("measuring the original")
         record = StageRecord(
             name=ORIGINAL,

@@ -61,9 +61,10 @@ def test_command_compresses_and_reports(recipe, model_dir, tokens, held_out, tmp
     ("text", "message"),
     [
         ("- quantize:\n    group_sise: 32", "recipe.yaml:2: quantize: group_sise: unknown, did you mean"),
-        (RECIPE, "calibration: got none for"),
+        (RECIPE, "2-quantize: calibration: got none for quantize gptq 4 bits, expected text"),
+        ("- quantize: {calibration: nowhere.txt}", "calibration: got nowhere.txt, expected an existing"),
     ],
-    ids=["unknown", "no_data"],
+    ids=["unknown", "no_data", "no_file"],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_nothing_is_written(
     text, message, recipe, model_dir, held_out, tmp_path
@@ -75,4 +76,19 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert result.stderr.startswith("llmkern: error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
+    assert not out.exists()
+
+
+def test_dry_run_prints_the_preflight_and_writes_nothing(
+    recipe, model_dir, tokens, held_out, tmp_path
+):
+    out = tmp_path / "out"
+    given = [model_dir, "-o", out, "--recipe", recipe, "--dry-run"]
+    result = compress(*given, "--calibration", tokens)
+    assert result.returncode == 0, result.stderr
+    for text in ("1-prune", "2-quantize", "peak memory", "disk in all"):
+        assert text in result.stdout
+    result = compress(*given)
+    assert result.returncode == 1
+    assert "error: 2-quantize: calibration: got none" in result.stdout
     assert not out.exists()

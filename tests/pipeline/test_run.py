@@ -57,7 +57,9 @@ def test_every_order_runs_and_a_costly_one_warns(order, model_dir, tokens, held_
     out = tmp_path / "out"
     report = run(order, model_dir, out, tokens, held_out)
     names = [stage.name for stage in order]
-    assert bool(report.warnings) == (names != ["prune", "quantize", "distill"])
+    costly = order_warnings(order)
+    assert bool(costly) == (names != ["prune", "quantize", "distill"])
+    assert report.warnings[: len(costly)] == costly
     assert [record.stage for record in report.stages] == ["original", *names]
     for index, record in enumerate(report.stages[1:], 1):
         directory = out / record.directory
@@ -255,8 +257,33 @@ def test_loss_that_becomes_nan_leaves_what_was_good(model_dir, tokens, held_out,
 @pytest.mark.parametrize("stage", [PRUNE, QUANTIZE, DISTILL], ids=lambda stage: stage.name)
 def test_stage_without_its_data_is_refused_before_anything_is_written(stage, model_dir, tmp_path):
     stages = [Prune("magnitude", sparsity=0.5), stage]
-    with pytest.raises(ValueError, match=f"calibration: got none for stage 2 .{stage.label}"):
+    with pytest.raises(
+        ValueError, match=f"2-{stage.name}: calibration: got none for {stage.label}"
+    ):
         Pipeline(stages).run(model_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_that_cannot_be_read_is_refused_before_anything_is_written(
+    model_dir, tokens, tmp_path
+):
+    with pytest.raises(ValueError, match=r"evaluation: got nowhere\.txt, expected an existing"):
+        run([QUANTIZE], model_dir, tmp_path / "out", tokens, "nowhere.txt")
+    with pytest.raises(ValueError, match="tokenizer: got None, expected a tokenizer"):
+        run([QUANTIZE], model_dir, tmp_path / "out", tokens, None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_preflight_refuses_all_that_is_impossible_at_once(model_dir, tokens, held_out, tmp_path):
+    stages = [Quantize(group_size=48), Quantize(group_size=80)]
+    seen = []
+    with pytest.raises(
+        ValueError, match=r"1-quantize: group_size: got 48.*2-quantize: group_size: got 80"
+    ):
+        run(stages, model_dir, tmp_path / "out", tokens, held_out, on_preflight=seen.append)
+    assert len(seen[0].errors) == 2
+    found = Pipeline(stages).preflight(model_dir, tmp_path / "out", calibration=tokens)
+    assert list(map(str, found.errors)) == list(map(str, seen[0].errors))
     assert not (tmp_path / "out").exists()
 
 
