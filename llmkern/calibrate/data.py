@@ -26,6 +26,7 @@ from llmkern.models import context_length, vocabulary_size
 Source = Tensor | str | Path | Sequence[str | Path] | None
 
 DEFAULT_SEQ_LEN = 512
+TOKEN_FILES = (".pt", ".pth", ".safetensors")
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -123,7 +124,7 @@ def _read(source: Source, tokenizer: Any, argument: str, wanted: int | None) -> 
         source = calibration_text()
     if isinstance(source, (str, Path)):
         path = _existing(source)
-        if path is not None and path.suffix in (".pt", ".pth", ".safetensors"):
+        if path is not None and path.suffix in TOKEN_FILES:
             return _check_integers(_tensor_file(path, argument), f"{argument}: {path}")
         if path is not None:
             return _tokenize(_text_file(path, argument), tokenizer, argument)
@@ -202,7 +203,7 @@ def _tokenize(text: str, tokenizer: Any, argument: str) -> Tensor:
 
 def _dataset(name: str, tokenizer: Any, argument: str, wanted: int | None) -> Tensor:
     """Text column of a Hugging Face dataset, row by row until there are `wanted` tokens."""
-    if Path(name).suffix in (".pt", ".pth", ".safetensors", ".txt", ".md", ".json"):
+    if Path(name).suffix in (*TOKEN_FILES, ".txt", ".md", ".json"):
         raise ValueError(f"{argument}: got {name}, expected an existing file")
     try:
         datasets = importlib.import_module("datasets")

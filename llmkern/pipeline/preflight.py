@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmkern._drive import DataOptions
 from llmkern.calibrate import load_tokens
-from llmkern.calibrate.data import DEFAULT_SEQ_LEN, Source
+from llmkern.calibrate.data import DEFAULT_SEQ_LEN, TOKEN_FILES, Source
 from llmkern.hf import load_tokenizer
 from llmkern.models import context_length
 from llmkern.pipeline import _needs
@@ -237,7 +237,7 @@ class _Data:
         with found.refusals():
             windows = self._windows(source, shapes, seq_len)
             tokens = Tokens(min(samples, len(windows)), windows.shape[1])
-            if isinstance(source, Tensor) and source.dim() == 2:
+            if _in_windows(source):
                 if len(windows) < samples and "samples" in stage.options:
                     found.warnings.append(
                         f"samples: got {samples}, and the data has {len(windows)} windows: all of them"
@@ -257,6 +257,13 @@ class _Data:
                 source, shapes.model, self._tokenizer, seq_len=seq_len, argument="calibration"
             )
         return self._read[key]
+
+
+def _in_windows(source: Any) -> bool:
+    """Whether a source gives its windows itself; what a file of tokens holds is taken to be some."""
+    if isinstance(source, Tensor):
+        return source.dim() == 2
+    return Path(str(source)).suffix in TOKEN_FILES
 
 
 def _is_dataset(source: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
@@ -274,12 +275,17 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # --- what is said -----------------------------------------------------------------------------------
 
 
-def test_few_windows() -> None:
+def test_few_windows(tmp_path: Path) -> None:
     result = found(tiny(), Prune("wanda", sparsity=0.5), calibration=TOKENS.flatten())
     assert "has 20 that do not overlap" in str(result.warnings[0])
     result = found(tiny(), Prune("wanda", sparsity=0.5, samples=64))
     assert "the data has 40 windows: all of them" in str(result.warnings[0])
     assert not found(tiny(), Prune("wanda", sparsity=0.5, samples=40)).warnings
+    save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
+    result = found(
+        tiny(), Prune("wanda", sparsity=0.5), calibration=tmp_path / "tokens.safetensors"
+    )
+    assert not result.warnings
 
 
 def test_tied_embeddings() -> None:
