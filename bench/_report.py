@@ -43,9 +43,9 @@ def environment(on_gpu: bool) -> dict[str, Any]:
     if not on_gpu and (ggml_version := ggml.version()):
         versions["ggml"] = ggml_version
     found = {
-        "command": " ".join(sys.argv),
+        "command": _command(sys.argv),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _git("describe", "--always", "--dirty"),
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "gpu": None,
         "threads": torch.get_num_threads(),
@@ -59,6 +59,21 @@ def environment(on_gpu: bool) -> dict[str, Any]:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         versions["driver"] = (driver or "").partition("\n")[0]
     return found
+
+
+def _command(argv: list[str]) -> str:
+    """The command line, with the script as it is called from the root of the repository."""
+    script, root = Path(argv[0]).resolve(), Path(__file__).resolve().parent.parent
+    path = script.relative_to(root) if script.is_relative_to(root) else script
+    return " ".join([str(path), *argv[1:]])
+
+
+def _commit() -> str | None:
+    """Of the code that runs; results that an earlier bench has written do not make it another."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit is not None and _git("status", "--porcelain", "-uno", ":/", ":!/bench/results"):
+        commit += "-dirty"
+    return commit
 
 
 def _git(*args: str) -> str | None:

@@ -263,3 +263,9 @@ def test_peer_that_packs_wrongly_or_not_at_all_is_reported():
     problems = [each.unavailable for each in case.contenders]
     assert "off the original" in problems[0]
     assert problems[1:] == ["RuntimeError: needs mslk"] * 2
+
+
+def test_command_is_the_one_to_type_in_the_repository() -> None:
+    script = Path(_report.__file__).with_name("bench_obs.py")
+    assert _report._command([str(script), "--rounds", "2"]) == "bench/bench_obs.py --rounds 2"
+    assert _report._command(["/elsewhere/x.py"]) == "/elsewhere/x.py"
