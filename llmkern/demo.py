@@ -89,9 +89,11 @@ def _without_teacher(directory: Path, text: Path, tokenizer: Any) -> Any:
 
 def table(report: PipelineReport) -> Table:
     """What each stage bought and cost."""
-    shown = Table(title="bundled model: what each stage bought and cost")
+    # Without lines it fits 80 columns.
+    title = "bundled model: what each stage bought and cost"
+    shown = Table(title=title, box=None, padding=(0, 2, 0, 0))
     shown.add_column("model", no_wrap=True)
-    for column in ("params", "file MB", "perplexity", "KL", "top-1", "tokens/s", "seconds"):
+    for column in ("params", "MB", "perplexity", "KL", "top-1", "tokens/s", "time"):
         shown.add_column(column, justify="right")
     names = ("original", "pruned", "pruned + int4", "distilled student", "student + int4")
     for name, stage in zip(names, report.stages, strict=True):
@@ -105,6 +107,6 @@ def table(report: PipelineReport) -> Table:
             "–" if first else f"{result['kl']:.4f}",
             "–" if first else f"{result['top1_agreement']:.3f}",
             f"{result['decode_tokens_per_s']:.0f}",
-            f"{stage.seconds:.1f}",
+            "–" if first else f"{stage.seconds:.0f} s",
         )
     return shown
