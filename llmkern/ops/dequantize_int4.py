@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,94 +26,62 @@ SCHEMA = (
 )
 
 
-def _refuse_cpu(qweight: Tensor, *_: Any) -> str | None:
-    return _backends.refuse_cpu(qweight.device.type)
+class _Call(NamedTuple):
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group_size: int
+    layout: str
+    dtype: torch.dtype
+
+    def weight(self) -> tuple[Tensor, Tensor, Tensor | None, int, str]:
+        return self.qweight, self.scales, self.zeros, self.group_size, self.layout
+
+    def kinds(self) -> tuple[int, int, int]:
+        return DTYPE_CODES[self.dtype], DTYPE_CODES[self.scales.dtype], LAYOUT_CODES[self.layout]
 
 
-def _launch_cpu(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
+def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
+    return _backends.refuse_cpu(call.qweight.device.type)
+
+
+def _launch_cpu(call: _Call, out: Tensor) -> None:
     kernels: Any = _backends.compiled_module("_cpu")[0]
+    tensors = (call.qweight, call.scales, call.zeros, out)
+    addresses = [pointer(tensor) for tensor in tensors]
+    kernels.dequantize_int4(*addresses, *out.shape, call.group_size, *call.kinds())
+
+
+def _launch_reference(call: _Call, out: Tensor) -> None:
+    out.copy_(_reference(*canonical_weight(*call.weight()), call.group_size, out.dtype))
+
+
+def _refuse_cuda(call: _Call, out: Tensor) -> str | None:
+    return refuse_cuda_weight(call.qweight, call.layout)
+
+
+def _launch_cuda(call: _Call, out: Tensor) -> None:
+    kernels: Any = _backends.compiled_module("_cuda")[0]
     kernels.dequantize_int4(
-        qweight.data_ptr(),
-        scales.data_ptr(),
-        pointer(zeros),
-        out.data_ptr(),
-        *out.shape,
-        group_size,
-        DTYPE_CODES[out.dtype],
-        DTYPE_CODES[scales.dtype],
-        LAYOUT_CODES[layout],
-    )
-
-
-def _launch_reference(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    weight = canonical_weight(qweight, scales, zeros, group_size, layout)
-    out.copy_(_reference(*weight, group_size, out.dtype))
-
-
-def _refuse_cuda(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> str | None:
-    return refuse_cuda_weight(qweight, layout)
-
-
-def _launch_cuda(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    module, _ = _backends.compiled_module("_cuda")
-    assert module is not None
-    module.dequantize_int4(
-        pointer(qweight),
-        pointer(scales),
-        cuda_zeros(qweight, scales, zeros, group_size, layout),
+        pointer(call.qweight),
+        pointer(call.scales),
+        cuda_zeros(*call.weight()),
         pointer(out),
         *out.shape,
-        group_size,
-        DTYPE_CODES[out.dtype],
-        DTYPE_CODES[scales.dtype],
-        LAYOUT_CODES[layout],
+        call.group_size,
+        *call.kinds(),
         *_backends.cuda_queue(out.device),
     )
 
 
-def _refuse_triton(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> str | None:
-    return refuse_triton_weight(qweight, layout)
+def _refuse_triton(call: _Call, out: Tensor) -> str | None:
+    return refuse_triton_weight(call.qweight, call.layout)
 
 
-def _launch_triton(*args: Any) -> None:
+def _launch_triton(call: _Call, out: Tensor) -> None:
     from llmkern.triton_kernels.dequantize_int4 import launch
 
-    launch(*args)
+    launch(*call.weight(), out)
 
 
 BACKENDS = (
@@ -124,44 +92,20 @@ BACKENDS = (
 )
 
 
-def _check(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    layout: str,
-    dtype: torch.dtype,
-) -> None:
-    check_weight("dequantize_int4", qweight, scales, zeros, group_size, layout)
-    if dtype not in FLOATS:
+def _fake(*args: Any) -> Tensor:
+    call = _Call(*args)
+    check_weight("dequantize_int4", *call.weight())
+    if call.dtype not in FLOATS:
         raise ValueError(
-            f"dequantize_int4: dtype: got {dtype}, expected float32, bfloat16 or float16"
+            f"dequantize_int4: dtype: got {call.dtype}, expected float32, bfloat16 or float16"
         )
+    shape = weight_shape(call.scales, call.group_size, call.layout)
+    return call.scales.new_empty(shape, dtype=call.dtype)
 
 
-def _fake(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    layout: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check(qweight, scales, zeros, group_size, layout, dtype)
-    return scales.new_empty(weight_shape(scales, group_size, layout), dtype=dtype)
-
-
-def _run(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    layout: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    out = _fake(qweight, scales, zeros, group_size, layout, dtype)
-    args = (qweight, scales, zeros, group_size, layout)
-    _backends.choose("dequantize_int4", BACKENDS, *args, out).launch(*args, out)
+def _run(*args: Any) -> Tensor:
+    out, call = _fake(*args), _Call(*args)
+    _backends.choose("dequantize_int4", BACKENDS, call, out).launch(call, out)
     return out
 
 

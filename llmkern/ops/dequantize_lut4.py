@@ -6,7 +6,7 @@ of exports.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,77 +24,52 @@ SCHEMA = (
 )
 
 
-def _refuse_cpu(qweight: Tensor, *_: Any) -> str | None:
-    return _backends.refuse_cpu(qweight.device.type)
+class _Call(NamedTuple):
+    qweight: Tensor
+    codebook: Tensor
+    scales: Tensor | None
+    group_size: int
+    layout: str
+    dtype: torch.dtype
+
+    def weight(self) -> tuple[Tensor, Tensor, Tensor | None, int, str]:
+        return self.qweight, self.codebook, self.scales, self.group_size, self.layout
+
+    def kinds(self) -> tuple[int, int, int, int]:
+        scales = 0 if self.scales is None else DTYPE_CODES[self.scales.dtype]
+        layout = LAYOUT_CODES[self.layout]
+        return self.codebook.dim() - 1, DTYPE_CODES[self.dtype], scales, layout
 
 
-def _launch_cpu(
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
+def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
+    return _backends.refuse_cpu(call.qweight.device.type)
+
+
+def _launch_cpu(call: _Call, out: Tensor) -> None:
     kernels: Any = _backends.compiled_module("_cpu")[0]
-    kernels.dequantize_lut4(
-        qweight.data_ptr(),
-        codebook.data_ptr(),
-        pointer(scales),
-        out.data_ptr(),
-        *out.shape,
-        group_size,
-        codebook.dim() - 1,
-        DTYPE_CODES[out.dtype],
-        0 if scales is None else DTYPE_CODES[scales.dtype],
-        LAYOUT_CODES[layout],
-    )
+    addresses = [pointer(tensor) for tensor in (call.qweight, call.codebook, call.scales, out)]
+    kernels.dequantize_lut4(*addresses, *out.shape, call.group_size, *call.kinds())
 
 
-def _launch_reference(
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    weight = canonical_weight(qweight, codebook, scales, group_size, layout)
-    out.copy_(_reference(*weight, group_size, out.dtype))
+def _launch_reference(call: _Call, out: Tensor) -> None:
+    out.copy_(_reference(*canonical_weight(*call.weight()), call.group_size, out.dtype))
 
 
-def _refuse_cuda(
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> str | None:
-    return refuse_cuda_weight(qweight, layout)
+def _refuse_cuda(call: _Call, out: Tensor) -> str | None:
+    return refuse_cuda_weight(call.qweight, call.layout)
 
 
-def _launch_cuda(
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    group_size: int,
-    layout: str,
-    out: Tensor,
-) -> None:
+def _launch_cuda(call: _Call, out: Tensor) -> None:
     kernels: Any = _backends.compiled_module("_cuda")[0]
     kernels.dequantize_lut4(
-        qweight.data_ptr(),
-        codebook.data_ptr(),
-        cuda_scales(qweight, codebook, scales, group_size, layout),
-        out.data_ptr(),
+        pointer(call.qweight),
+        pointer(call.codebook),
+        cuda_scales(*call.weight()),
+        pointer(out),
         *out.shape,
-        group_size,
-        codebook.dim() - 1,
-        DTYPE_CODES[out.dtype],
-        0 if scales is None else DTYPE_CODES[scales.dtype],
-        LAYOUT_CODES[layout],
-        *_backends.cuda_queue(qweight.device),
+        call.group_size,
+        *call.kinds(),
+        *_backends.cuda_queue(call.qweight.device),
     )
 
 
@@ -105,47 +80,22 @@ BACKENDS = (
 )
 
 
-def _check(
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    group_size: int,
-    layout: str,
-    dtype: torch.dtype,
-) -> None:
-    check_weight("dequantize_lut4", qweight, codebook, scales, group_size, layout)
-    if dtype not in FLOATS:
+def _fake(*args: Any) -> Tensor:
+    call = _Call(*args)
+    check_weight("dequantize_lut4", *call.weight())
+    if call.dtype not in FLOATS:
         raise ValueError(
-            f"dequantize_lut4: dtype: got {dtype}, expected float32, bfloat16 or float16"
+            f"dequantize_lut4: dtype: got {call.dtype}, expected float32, bfloat16 or float16"
         )
+    shape = weight_shape(call.qweight, call.scales, call.group_size, call.layout)
+    return call.qweight.new_empty(shape, dtype=call.dtype)
 
 
-def _fake(
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    group_size: int,
-    layout: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check(qweight, codebook, scales, group_size, layout, dtype)
-    shape = weight_shape(qweight, scales, group_size, layout)
-    return qweight.new_empty(shape, dtype=dtype)
-
-
-def _run(
-    qweight: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    group_size: int,
-    layout: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    out = _fake(qweight, codebook, scales, group_size, layout, dtype)
+def _run(*args: Any) -> Tensor:
+    out, call = _fake(*args), _Call(*args)
     if out.numel() == 0:
         return out
-    args = (qweight, codebook, scales, group_size, layout)
-    _backends.choose("dequantize_lut4", BACKENDS, *args, out).launch(*args, out)
+    _backends.choose("dequantize_lut4", BACKENDS, call, out).launch(call, out)
     return out
 
 
