@@ -91,14 +91,13 @@ def test_what_is_measured_on_is_not_in_the_training_text() -> None:
     held_out = [text for name, text in documents() if is_held_out(name)]
     learned = training_text()
     assert len(held_out) > 5
-    assert len(learned) > 20 * sum(map(len, held_out)) / 2
+    assert len(learned) > 10 * sum(map(len, held_out))
     assert not [text for text in held_out if text in learned]
 
 
 def test_the_split_goes_by_the_name_alone() -> None:
     # These names decided which excerpts were shipped; another split would leak them into training.
-    names = {name: is_held_out(name) for name, _ in documents()}
     shipped = evaluation_text().read_text()
-    for name, text in documents():
-        if text[:400] in shipped and len(text) > 400:
-            assert names[name], name
+    found = [name for name, text in documents() if len(text) > 400 and text[:400] in shipped]
+    assert len(found) > 5
+    assert all(is_held_out(name) for name in found)

@@ -64,6 +64,7 @@ MAY_IMPORT = {
         "models",
         "nn",
         "ops",
+        "patch",
         "prune",
         "reference",
         "train",

@@ -13,6 +13,7 @@ from llmkern.calibrate.data import Source
 from llmkern.models import find_blocks
 from llmkern.models.resize import keep_blocks
 from llmkern.nn._packed_linear import PackedLinear
+from llmkern.patch import expand_packed
 from llmkern.prune import prune
 
 
@@ -53,11 +54,7 @@ def make_student(
     if width == 1 and needless:
         raise ValueError(f"{needless[0]}: got it with width = 1, expected a width below 1 with it")
     student = copy.deepcopy(teacher)
-    for name, module in list(student.named_modules()):
-        if isinstance(module, PackedLinear):
-            student.set_submodule(name, module.to_linear())
-    if getattr(student.config, "quantization_config", None) is not None:
-        del student.config.quantization_config
+    expand_packed(student)
     keep_blocks(student, kept)
     if width < 1:
         if calibration is None and tokenizer is None:

@@ -29,7 +29,6 @@ def choose_units(
         units: whose columns they are.
         remove: how many go.
         damp: fraction of the mean of H's diagonal that is added to it.
-        held: bool [N, K], False where the weight is zero and is to stay zero.
 
     Returns:
         The units that stay, int64 ascending, and the loss of each removal in its turn, float32.
