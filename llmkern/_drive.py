@@ -125,7 +125,7 @@ def plan_layers(
         if wanted is not None:
             asked[name] = (matrix_shape(linear)[1], wanted)
     check(asked)
-    choice = choose_linears(model, rules, lambda wanted, K: None)
+    choice = choose_linears(model, rules, lambda wanted, shape: None)
     left = dict(choice.left)
     plan = {}
     for name, wanted in choice.replaced.items():

@@ -12,14 +12,15 @@ from torch import nn
 
 from llmkern.formats.bitsandbytes import describe_model
 from llmkern.formats.compressed_tensors import describe_formats
+from llmkern.formats import FORMATS, WeightFormat
 from llmkern.formats.int4 import QuantFormat
-from llmkern.formats.lut4 import BLOCK_SIZES, LutFormat, codebook_name, group_size_of
-from llmkern.nn._packed_linear import PackedLinear
-from llmkern.nn.int4_linear import BITS, Int4Linear
+from llmkern.formats.lut4 import BLOCK_SIZES, codebook_name
+from llmkern.nn import PackedLinear, is_packed, packed_class
+from llmkern.nn._packed_linear import matrix_shape
+from llmkern.nn.int4_linear import Int4Linear
 from llmkern.nn.lut4_linear import Lut4Linear
-from llmkern.nn.sparse24_linear import Sparse24Linear
 
-Format = QuantFormat | LutFormat
+Format = WeightFormat
 Rule = Format | Mapping[str, Format | None]
 Factory = Callable[[str, nn.Module, Format], nn.Module]
 _T = TypeVar("_T")
@@ -98,14 +99,14 @@ def patch(
 
 def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
     """What `patch` would do with the same arguments; the model is only read."""
-    if rule is None or isinstance(rule, Format):
+    if rule is None or type(rule) in FORMATS:
         rule = {"*": rule or QuantFormat()}
     choice: LinearChoice[Format] = choose_linears(model, dict(rule), _misfit)
     return PatchReport(choice.replaced, choice.left, choice.unexpected)
 
 
 def choose_linears(
-    model: nn.Module, rules: Mapping[str, _T | None], misfit: Callable[[_T, int], str | None]
+    model: nn.Module, rules: Mapping[str, _T | None], misfit: Callable[[_T, tuple[int, int]], str | None]
 ) -> LinearChoice[_T]:
     """Which linears of `model` a mapping from glob patterns takes; the model is only read.
 
@@ -113,7 +114,7 @@ def choose_linears(
         model: any module.
         rules: what to give to the layers that a pattern matches, or None to leave them; the last
             pattern that matches decides.
-        misfit: called with what a layer would get and its K, returns why it cannot have it, or None.
+        misfit: called with what a layer would get and its (N, K), returns why it cannot have it, or None.
 
     Raises:
         ValueError: a pattern that is not None matches no linear layer.
@@ -132,7 +133,7 @@ def choose_linears(
         fmt = None if winner is None else rules[winner]
         reason, unexpected = _reason_to_leave(name, linear, winner, fmt is None, shared)
         if reason is None and fmt is not None:
-            reason = misfit(fmt, _columns(linear))
+            reason = misfit(fmt, matrix_shape(linear))
             unexpected = reason is not None
         if reason is not None or fmt is None:
             report._leave(name, reason or "left dense by the rule", unexpected=unexpected)
@@ -294,7 +295,7 @@ def _reason_to_leave(
     shared: Mapping[int, list[str]],
 ) -> tuple[str | None, bool]:
     """(why a layer is left alone or None, whether the rule asked for it)."""
-    if isinstance(linear, Int4Linear | Lut4Linear | Sparse24Linear):
+    if is_packed(linear):
         return "already packed", False
     if pattern is None or dense:
         return (
@@ -313,32 +314,16 @@ def _reason_to_leave(
     return None, False
 
 
-def _columns(linear: nn.Module) -> int:
-    """K of a linear or Conv1D."""
-    return int(linear.weight.shape[0 if _is_conv1d(linear) else 1])  # type: ignore[index]
-
-
-def _misfit(fmt: Format, K: int) -> str | None:
-    """Why a weight with K columns cannot have the format, or None."""
-    if isinstance(fmt, LutFormat):
-        try:
-            group_size_of(fmt.block_size, K)
-        except ValueError as error:
-            return str(error)
-        return None
-    if fmt.bits not in BITS:
-        return f"bits = {fmt.bits} is not one of {BITS}"
-    if fmt.group_size is not None and K % fmt.group_size:
-        return f"group_size = {fmt.group_size} does not divide its K = {K}"
-    return None
+def _misfit(fmt: Format, shape: tuple[int, int]) -> str | None:
+    """Why a weight of this shape cannot have the format, or None."""
+    odd = packed_class(fmt).refuse(fmt) or fmt.misfit(*shape)
+    return None if odd is None else str(odd)
 
 
 def _make(name: str, linear: nn.Module, fmt: Format, factory: Factory | None) -> nn.Module:
     try:
         if factory is not None:
             return factory(name, linear, fmt)
-        if isinstance(fmt, LutFormat):
-            return Lut4Linear.from_linear(linear, fmt.codebook, fmt.block_size)
-        return Int4Linear.from_linear(linear, fmt.bits, fmt.group_size, fmt.symmetric)
+        return packed_class(fmt).from_format(linear, fmt)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -17,10 +17,13 @@ All functions are pure torch and run on any device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmkern.formats._format import Misfit, check_groups, groups_of
 
 BITS = (2, 3, 4, 8)
 
@@ -42,11 +45,7 @@ class QuantFormat:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits: got {self.bits}, expected one of {BITS}")
-        if self.group_size is not None and self.group_size <= 0:
-            raise ValueError(
-                f"group_size: got {self.group_size}, expected a positive number, or None for one "
-                "scale per row"
-            )
+        check_groups(self.group_size)
 
     def groups(self, K: int) -> int:
         """K-elements per scale for a weight with K columns.
@@ -54,10 +53,34 @@ class QuantFormat:
         Raises:
             ValueError: the group size does not divide K.
         """
-        size = self.group_size or K
-        if K % size:
-            raise ValueError(f"group_size: got {size}, expected a divisor of K = {K}")
-        return size
+        return groups_of(self.group_size, K)
+
+    def misfit(self, N: int, K: int) -> Misfit | None:
+        """Why a weight [N, K] cannot have this format, or None."""
+        size = self.group_size
+        if size is None or K % size == 0:
+            return None
+        fits = [str(g) for g in (128, 64, 32) if K % g == 0] or ["None (one scale per row)"]
+        return Misfit(
+            "group_size", size, f"does not divide K = {K}", f"a divisor such as {fits[0]}"
+        )
+
+    def nbytes(self, N: int, K: int, itemsize: int, *, in_memory: bool) -> int:
+        """Bytes of a weight [N, K] with all that belongs to it; see `WeightFormat.nbytes`."""
+        # Kernels compute 2 and 3 bits as 4, and hold scales of 32.
+        bits, scale = (4, 4) if in_memory else (self.bits, itemsize)
+        groups = K // self.groups(K)
+        zeros = 0 if self.symmetric else N * groups * bits // 8
+        return N * -(-K * bits // 32) * 4 + N * groups * scale + zeros
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, ready for JSON and YAML."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> QuantFormat:
+        """The inverse of `to_dict`."""
+        return cls(**entry)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -18,10 +18,13 @@ bitsandbytes' tables bit for bit.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmkern.formats._format import Misfit, check_groups, groups_of
 
 # Kernels read 32 codes at a time, all of one scale.
 GROUP_UNIT = 32
@@ -64,6 +67,42 @@ class LutFormat:
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size: got {self.block_size}, expected one of {BLOCK_SIZES}")
 
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4
+
+    @property
+    def symmetric(self) -> bool:
+        """There are no zero points."""
+        return True
+
+    def groups(self, K: int) -> int:
+        """Elements per scale; blocks run across the ends of rows."""
+        return self.block_size
+
+    def misfit(self, N: int, K: int) -> Misfit | None:
+        """Why a weight [N, K] cannot have this format, or None."""
+        # Blocks run over the flattened weight; the kernels read 32 columns of a row at a time.
+        shared = math.gcd(self.block_size, K)
+        if shared % GROUP_UNIT == 0:
+            return None
+        why = f"splits {GROUP_UNIT} columns in rows of K = {K} (they share {shared})"
+        return Misfit("group_size", self.block_size, why, f"K a multiple of {GROUP_UNIT}")
+
+    def nbytes(self, N: int, K: int, itemsize: int, *, in_memory: bool) -> int:
+        """Bytes of a weight [N, K] with its scales; see `WeightFormat.nbytes`."""
+        return N * K // 2 + -(-N * K // self.block_size) * 4
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, ready for JSON and YAML."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> LutFormat:
+        """The inverse of `to_dict`."""
+        return cls(**entry)
+
 
 @dataclass(frozen=True, eq=False)
 class CodebookFormat:
@@ -91,11 +130,7 @@ class CodebookFormat:
             raise ValueError("codebook: got NaN or Inf, expected finite entries")
         if self.scaled and not bool((self.codebook != 0).any(-1).all()):
             raise ValueError("codebook: got a book of zeros, which no scale can fit")
-        if self.group_size is not None and self.group_size <= 0:
-            raise ValueError(
-                f"group_size: got {self.group_size}, expected a positive number, or None for one "
-                "scale per row"
-            )
+        check_groups(self.group_size)
 
     def groups(self, K: int) -> int:
         """K-elements per scale for a weight with K columns.
@@ -103,10 +138,7 @@ class CodebookFormat:
         Raises:
             ValueError: the group size does not divide K.
         """
-        size = self.group_size or K
-        if K % size:
-            raise ValueError(f"group_size: got {size}, expected a divisor of K = {K}")
-        return size
+        return groups_of(self.group_size, K)
 
 
 def codebook_name(codebook: Tensor) -> str | None:

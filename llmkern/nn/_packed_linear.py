@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import _backends
+from llmkern.formats import WeightFormat
 from llmkern.nn._packed_weight import PackedWeight
 
 # Two threads may meet a module's first forward pass together; only one may repack it.
@@ -20,8 +21,12 @@ class PackedLinear(nn.Linear):
     """A linear layer that holds its weight as the tensors of a file or as those of a kernel.
 
     A subclass registers `_FILE_BUFFERS`, says into which of `_KERNEL_BUFFERS` they are repacked and how
-    they come back, and multiplies.
+    they come back, and multiplies. One that rules and drivers make from a format names it in `FORMAT`,
+    and one that drivers leave in a block tells a journal how it is made again (`stored`, `from_stored`).
     """
+
+    # Class of the formats (`llmkern.formats`) that are held in this module.
+    FORMAT: ClassVar[type | None] = None
 
     _FILE_BUFFERS: ClassVar[tuple[str, ...]]
     # Those of `_FILE_BUFFERS` whose place the kernel's tensors take, by default.
@@ -37,6 +42,42 @@ class PackedLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense weight [N, K] in `dtype`, by default the layer's."""
+        raise NotImplementedError
+
+    @classmethod
+    def refuse(cls, fmt: Any) -> str | None:
+        """Why this module holds no weight in `fmt`, an instance of `FORMAT`, of whatever shape, or None."""
+        return None
+
+    @classmethod
+    def from_format(cls, linear: nn.Module, fmt: Any) -> PackedLinear:
+        """Round a dense linear to the nearest values that `fmt` has.
+
+        Raises:
+            ValueError: NaN or Inf in the weight, or a format that does not fit it.
+        """
+        raise NotImplementedError
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `from_stored` needs of this layer beside its bias; the layer stays as it is.
+
+        Returns:
+            A description, ready for JSON, and tensors by name.
+
+        Raises:
+            ValueError: a class of layers that no driver makes.
+        """
+        raise ValueError(f"layer: got {type(self).__name__}, expected one that a driver makes")
+
+    @classmethod
+    def from_stored(
+        cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: nn.Parameter | None
+    ) -> PackedLinear:
+        """The layer that `stored` described, with the bias as it is.
+
+        Raises:
+            ValueError: tensors that do not fit the description (named).
+        """
         raise NotImplementedError
 
     def _wanted_layout(self) -> str | None:
@@ -167,6 +208,11 @@ class PackedLinear(nn.Linear):
         for name, tensor in self._file_tensors().items():
             if tensor is not None:
                 destination[prefix + name] = tensor
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module is one of the packed linears."""
+    return isinstance(module, PackedLinear)
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

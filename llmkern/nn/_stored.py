@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.formats.bitsandbytes import Lut4Weight
-from llmkern.formats.int4 import QuantFormat
 from llmkern.nn._packed_linear import PackedLinear
-from llmkern.nn.int4_linear import Int4Linear
-from llmkern.nn.lut4_linear import Lut4Linear
+from llmkern.nn.packed import PACKED
 
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -26,18 +23,8 @@ def describe_packed(layer: PackedLinear) -> tuple[dict[str, Any], dict[str, Tens
     Raises:
         ValueError: a class of layers that no driver makes.
     """
-    entry: dict[str, Any] = {"class": type(layer).__name__, "dtype": str(layer.dtype)}
-    if isinstance(layer, Int4Linear):
-        fmt = layer.format
-        entry |= {"in_features": layer.in_features, "bits": fmt.bits}
-        entry |= {"group_size": fmt.group_size, "symmetric": fmt.symmetric}
-    elif isinstance(layer, Lut4Linear):
-        entry |= {"group_size": layer.group_size, "block_size": layer.block_size}
-    else:
-        raise ValueError(
-            f"layer: got {type(layer).__name__}, expected an Int4Linear or a Lut4Linear"
-        )
-    return entry, {k: t for k, t in layer._file_tensors().items() if t is not None}
+    entry, tensors = layer.stored()
+    return {"class": type(layer).__name__, "dtype": str(layer.dtype), **entry}, tensors
 
 
 def rebuild_packed(
@@ -52,19 +39,5 @@ def rebuild_packed(
     Raises:
         ValueError: tensors that do not fit the description (named).
     """
-    dtype = _DTYPES[entry["dtype"]]
-    packed, scales = tensors["weight_packed"], tensors.get("weight_scale")
-    if entry["class"] == "Lut4Linear":
-        sizes = entry["group_size"], entry["block_size"]
-        return Lut4Linear(
-            Lut4Weight(packed, tensors["weight_codebook"], scales, *sizes, dtype), bias
-        )
-    return Int4Linear.from_packed(
-        packed,
-        tensors["weight_scale"],
-        tensors.get("weight_zero_point"),
-        bias,
-        in_features=entry["in_features"],
-        format=QuantFormat(entry["bits"], entry["group_size"], entry["symmetric"]),
-        dtype=dtype,
-    )
+    kind = next(kind for kind in PACKED if kind.__name__ == entry["class"])
+    return kind.from_stored({**entry, "dtype": _DTYPES[entry["dtype"]]}, tensors, bias)

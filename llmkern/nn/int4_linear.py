@@ -62,6 +62,7 @@ class Int4Linear(PackedLinear):
         ValueError: bits not 2, 3 or 4, or a group size that does not divide in_features.
     """
 
+    FORMAT = QuantFormat
     activation = "float"
     _FILE_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     _REPACKED_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
@@ -107,6 +108,16 @@ class Int4Linear(PackedLinear):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=self._dtype))
         else:
             self.register_parameter("bias", None)
+
+    @classmethod
+    def refuse(cls, fmt: QuantFormat) -> str | None:
+        """Why no weight is held in `fmt`, or None."""
+        return None if fmt.bits in BITS else f"bits = {fmt.bits} is not one of {BITS}"
+
+    @classmethod
+    def from_format(cls, linear: nn.Module, fmt: QuantFormat) -> Int4Linear:
+        """`from_linear` with the fields of a format."""
+        return cls.from_linear(linear, fmt.bits, fmt.group_size, fmt.symmetric)
 
     @classmethod
     def from_linear(
@@ -246,6 +257,26 @@ class Int4Linear(PackedLinear):
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `from_stored` needs of this layer beside its bias."""
+        entry = {"in_features": self.in_features, **self.format.to_dict()}
+        return entry, {k: t for k, t in self._file_tensors().items() if t is not None}
+
+    @classmethod
+    def from_stored(
+        cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: nn.Parameter | None
+    ) -> Int4Linear:
+        """The layer that `stored` described."""
+        return cls.from_packed(
+            tensors["weight_packed"],
+            tensors["weight_scale"],
+            tensors.get("weight_zero_point"),
+            bias,
+            in_features=entry["in_features"],
+            format=QuantFormat(entry["bits"], entry["group_size"], entry["symmetric"]),
+            dtype=entry["dtype"],
+        )
 
     def _multiply(self, x: Tensor, bias: Tensor | None, layout: str) -> Tensor:
         qweight, scales, zeros = self._operands()

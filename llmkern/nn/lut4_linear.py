@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from llmkern.formats.bitsandbytes import Lut4Weight, from_bitsandbytes, to_bitsandbytes
 from llmkern.formats.int4 import pack_codes
 from llmkern.formats.lut4 import (
+    BLOCK_SIZES,
     CODEBOOKS,
+    LutFormat,
     check_codebook,
     codebook_name,
     group_scales,
@@ -55,6 +57,7 @@ class Lut4Linear(PackedLinear):
         ValueError: names the tensor, what it was and what was expected.
     """
 
+    FORMAT = LutFormat
     _FILE_BUFFERS = ("weight_packed", "weight_codebook", "weight_scale")
     _REPACKED_BUFFERS = ("weight_packed",)
     _KERNEL_BUFFERS = ("_qweight", "_codebook", "_scales")
@@ -97,6 +100,19 @@ class Lut4Linear(PackedLinear):
             self.register_parameter("bias", bias)
         else:
             self.bias = nn.Parameter(bias)
+
+    @property
+    def format(self) -> LutFormat | None:
+        """What a rule says to get this layer; None where its book or blocks are no rule's."""
+        kind = codebook_name(self.codebook)
+        if kind is None or not self.scaled or self.block_size not in BLOCK_SIZES:
+            return None
+        return LutFormat(kind, self.block_size)
+
+    @classmethod
+    def from_format(cls, linear: nn.Module, fmt: LutFormat) -> Lut4Linear:
+        """`from_linear` with the fields of a format."""
+        return cls.from_linear(linear, fmt.codebook, fmt.block_size)
 
     @classmethod
     def from_linear(
@@ -172,6 +188,21 @@ class Lut4Linear(PackedLinear):
             ValueError: a tensor is missing or does not fit the others.
         """
         return cls(from_bitsandbytes(tensors), tensors.get("bias") if bias is None else bias)
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `from_stored` needs of this layer beside its bias."""
+        entry = {"group_size": self.group_size, "block_size": self.block_size}
+        return entry, {k: t for k, t in self._file_tensors().items() if t is not None}
+
+    @classmethod
+    def from_stored(
+        cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: nn.Parameter | None
+    ) -> Lut4Linear:
+        """The layer that `stored` described."""
+        parts = (tensors[name] for name in ("weight_packed", "weight_codebook"))
+        sizes = entry["group_size"], entry["block_size"]
+        weight = Lut4Weight(*parts, tensors.get("weight_scale"), *sizes, entry["dtype"])
+        return cls(weight, bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense weight [N, K] in `dtype`, by default the layer's."""

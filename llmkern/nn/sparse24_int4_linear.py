@@ -42,6 +42,7 @@ class Sparse24Int4Linear(Int4Linear):
         ValueError: another width or group size, or a group size that does not divide in_features.
     """
 
+    FORMAT = None  # found in an int4 weight, not asked for
     _KERNEL_BUFFERS = ("_qvalues", "_meta", "_scales", "_zeros")
 
     def __init__(
