@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "train",
     },
     "evaluate": {"calibrate", "formats", "models", "nn"},
-    "harness": set(),
+    "report": set(),
     "train": {"_files"},
     "distill": {
         "_drive",
@@ -87,6 +87,7 @@ MAY_IMPORT = {
         "patch",
         "prune",
         "quantize",
+        "report",
         "train",
     },
     "testing": {"formats", "ops", "reference"},

@@ -36,7 +36,7 @@ def test_wheel_holds_only_llmkern(tmp_path: Path) -> None:
     assert "llmkern/triton_kernels/w4a16_gemm.py" in names
     assert "llmkern/assets/stdlib-llama/model.safetensors" in names
     assert "llmkern/py.typed" in names
-    assert "llmkern/pipeline/assets/report.html.j2" in names
+    assert "llmkern/report/assets/report.html.j2" in names
     assert any(name.startswith("llmkern/_cpu.") for name in names)
 
 

@@ -61,7 +61,7 @@ def compare(
     from llmkern.pipeline.compare import chosen_labels
     from llmkern.pipeline.compare import compare as run
     from llmkern.pipeline.measure import file_bytes
-    from llmkern.pipeline.report import write_report
+    from llmkern.report import write_report
 
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
     chosen_labels(chosen)  # before the model is read

@@ -96,7 +96,7 @@ def evaluate(
 
 def _run_tasks(options: dict[str, Any]) -> None:
     """Hand the model over to lm_eval, and print its figures."""
-    from llmkern.harness import Tasks, figures
+    from llmkern.evaluate.lm_eval import Tasks, figures
 
     names = [name.strip() for name in options["tasks"].split(",") if name.strip()]
     found = Tasks(names, options["include_path"])  # before the model is read

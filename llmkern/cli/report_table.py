@@ -38,15 +38,15 @@ def report_table(report: PipelineReport, without: tuple[str, ...] = ()) -> Table
         report: with the original first.
         without: keys of columns to leave out.
     """
-    from llmkern.pipeline import report_view
+    from llmkern.report import view
 
-    columns = [c for c in report_view.used_columns(report) if c.key not in without]
+    columns = [c for c in view.used_columns(report) if c.key not in without]
     table = Table(header_style="bold")
     name = "stage" if report.in_sequence else "method"
     table.add_column(name, min_width=14, max_width=28, overflow="fold")
     for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)
-    for row in report_view.rows(report, columns):
+    for row in view.rows(report, columns):
         cells = []
         for cell in row.cells:
             tone = _TONES.get(cell.tone, "dim")

@@ -1,9 +1,9 @@
 """The pipeline: stages in a row, each measured, with a report of what they bought and cost."""
 
 from llmkern.pipeline.recipe import default_recipe, dump_recipe, load_recipe, parse_recipe
-from llmkern.pipeline.records import PipelineReport, StageRecord
 from llmkern.pipeline.run import Pipeline, RunOptions
 from llmkern.pipeline.stages import STAGES, Distill, Prune, Quantize
+from llmkern.report import PipelineReport, StageRecord
 
 __all__ = [
     "STAGES",

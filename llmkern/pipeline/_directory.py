@@ -25,7 +25,7 @@ from typing import Any
 from llmkern._files import write_whole
 from llmkern.hf.checkpoint_files import CONFIG
 from llmkern.hf.save import check_target, replacing
-from llmkern.pipeline.records import StageRecord
+from llmkern.report import StageRecord
 
 RUN, STAGE, RECIPE = "llmkern_run.json", "llmkern_stage.json", "recipe.yaml"
 _ORIGINAL = "original"

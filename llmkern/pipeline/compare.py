@@ -31,9 +31,9 @@ from llmkern.pipeline._options import nearest
 from llmkern.pipeline._peak import PeakMemory
 from llmkern.pipeline._stage import Context, Stage
 from llmkern.pipeline.measure import beginnings, file_bytes, measure
-from llmkern.pipeline.records import PipelineReport, StageRecord
-from llmkern.pipeline.report_view import RATES
 from llmkern.pipeline.stages import STAGES
+from llmkern.report import PipelineReport, StageRecord
+from llmkern.report.view import RATES
 
 # What a method raises for a model, an amount or data that it cannot work with.
 _REFUSALS = (ValueError, NotImplementedError, FloatingPointError, torch.OutOfMemoryError)

@@ -35,8 +35,7 @@ from llmkern.pipeline._stage import Context, Stage, source_of
 from llmkern.pipeline.measure import beginnings, file_bytes, measure, sensitivity
 from llmkern.pipeline.preflight import Preflight, check
 from llmkern.pipeline.recipe import dump_recipe
-from llmkern.pipeline.records import PipelineReport, StageRecord
-from llmkern.pipeline.report import write_report
+from llmkern.report import PipelineReport, StageRecord, write_report
 
 ORIGINAL = "original"
 # Windows on which each block's change is measured alone.

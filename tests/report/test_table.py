@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from llmkern.cli import report_table
-from llmkern.pipeline import PipelineReport
+from llmkern.report import PipelineReport
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])

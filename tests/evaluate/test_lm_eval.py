@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import llmkern
 from llmkern import assets
 from llmkern.cli import main
-from llmkern.harness import Tasks, figures
+from llmkern.evaluate.lm_eval import Tasks, figures
 from llmkern.nn import Int4Linear
 
 BUNDLED = str(assets.bundled_model_dir())

@@ -8,25 +8,19 @@ top1_agreement  fraction of them where both find the same token most likely
 
 from __future__ import annotations
 
-import inspect
 import math
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmkern.calibrate.data import Source, load_tokens
-from llmkern.models import cache_name, evaluation_mode
-from llmkern.nn import PackedLinear
+from llmkern.evaluate.speed import speeds, weight_bytes
+from llmkern.models import evaluation_mode
 
 # Logits are turned into float32 log-probabilities this many elements at a time (64 MiB).
 _CHUNK = 1 << 24
-_SPEED_RUNS = 5
-_DECODE_PROMPT = 32
 
 
 @dataclass(frozen=True)
@@ -119,10 +113,6 @@ def _bar(batches: tuple[Tensor, ...], progress: bool) -> Any:
     return tqdm(batches, desc="evaluate", unit="batch", disable=None if progress else True)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None = None) -> Tensor:
     """Sums over a batch's predictions, see `score_logits`."""
     logits = next_token_logits(model, batch)
@@ -136,7 +126,9 @@ def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None = None) 
 
 def next_token_logits(model: nn.Module, batch: Tensor) -> Tensor:
     """Logits [B * (T - 1), V] of every token of int64 [B, T] that has a successor in its window."""
-    logits: Tensor = model(input_ids=batch.to(_device(model)), use_cache=False).logits
+    logits: Tensor = model(
+        input_ids=batch.to(next(model.parameters()).device), use_cache=False
+    ).logits
     return logits[:, :-1].flatten(0, 1)
 
 
@@ -164,73 +156,3 @@ def score_logits(logits: Tensor, batch: Tensor, reference: Tensor | None = None)
     if bool(sums.isnan().any()):
         raise ValueError("model: its logits (or the reference's) hold NaN, expected numbers")
     return sums
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights as they are held, packed ones packed; shared memory counts once.
-
-    Counted are the parameters and buffers of every module that has something to save, which takes in
-    kernel layouts and leaves out tables that are computed (rotary frequencies, masks).
-    """
-    storages = {}
-    for module in model.modules():
-        buffers = dict(module.named_buffers(recurse=False))
-        held = [*module.parameters(recurse=False), *buffers.values()]
-        computed = (
-            len(held) == len(buffers) and buffers.keys() <= module._non_persistent_buffers_set
-        )
-        if computed and not isinstance(module, PackedLinear):
-            continue
-        for tensor in held:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def speeds(model: nn.Module, window: Tensor) -> tuple[float, float]:
-    """Tokens per second of prefill and of greedy decoding, batch 1, medians after a warm-up.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        window: int64 [1, T] of tokens.
-    """
-    window = window.to(_device(model))
-    keep: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        keep["logits_to_keep"] = 1  # as generation does
-
-    def prefill(tokens: Tensor) -> Any:
-        return model(input_ids=tokens, use_cache=True, **keep)
-
-    prefill(window)
-    seconds = [_timed(lambda: prefill(window), window.device) for _ in range(_SPEED_RUNS)]
-    prefill_rate = window.shape[1] / median(seconds)
-
-    prompt = window[:, : max(1, min(_DECODE_PROMPT, window.shape[1] // 2))]
-    output = prefill(prompt)
-    name = cache_name(model)
-    steps = []
-    # Prompt and steps fit the window, and so the model's context.
-    for _ in range(min(64, window.shape[1] - prompt.shape[1])):
-        token = output.logits[:, -1:].argmax(-1)
-        cache = {name: getattr(output, name)}
-
-        def decode(token: Tensor = token, cache: dict[str, Any] = cache) -> None:
-            nonlocal output
-            output = model(input_ids=token, use_cache=True, **cache)
-
-        steps.append(_timed(decode, window.device))
-    return prefill_rate, 1 / median(steps[len(steps) // 8 :])
-
-
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llmkern.pipeline import PipelineReport, StageRecord
-from llmkern.pipeline import report_view as view
-from llmkern.pipeline.report import html, markdown, write_report
-from llmkern.pipeline.report_plots import layer_errors, loss_curves, plots
+from llmkern.report import PipelineReport, StageRecord, view
+from llmkern.report.plots import layer_errors, loss_curves, plots
+from llmkern.report.write import html, markdown, write_report
 
 
 class Page(HTMLParser):

@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import math
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llmkern
 from llmkern import evaluate as evaluate_function
 from llmkern import quantize
-from llmkern.evaluate import evaluate, weight_bytes
+from llmkern.evaluate import evaluate, quality, weight_bytes
 
 VOCAB = 96
 
@@ -83,8 +82,7 @@ def test_values_computed_by_hand() -> None:
 def test_perplexity_and_kl_equal_an_independent_computation(
     tokens: Tensor, batch_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["llmkern.evaluate"]  # the attribute of that name is the function
-    monkeypatch.setattr(module, "_CHUNK", 7 * VOCAB)  # chunks that end inside a window
+    monkeypatch.setattr(quality, "_CHUNK", 7 * VOCAB)  # chunks that end inside a window
     model, reference = tiny().to(dtype), tiny().to(dtype)
     result = evaluate(model, tokens, reference=reference, batch_size=batch_size, speed=False)
     with torch.no_grad():

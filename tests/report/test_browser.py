@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmkern.pipeline import PipelineReport
-from llmkern.pipeline.report import write_report
+from llmkern.report import PipelineReport, write_report
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.keys import Keys  # noqa: E402

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from llmkern.pipeline.records import PipelineReport, StageRecord
-from llmkern.pipeline.report_view import BY_KEY
+from llmkern.report.records import PipelineReport, StageRecord
+from llmkern.report.view import BY_KEY
 
 SERIES = 8
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"

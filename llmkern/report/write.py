@@ -12,8 +12,8 @@ from importlib import resources
 from itertools import takewhile
 from pathlib import Path
 
-from llmkern.pipeline import report_view as view
-from llmkern.pipeline.records import PipelineReport
+from llmkern.report import view
+from llmkern.report.records import PipelineReport
 
 
 def write_report(report: PipelineReport, directory: str | Path) -> list[Path]:
@@ -107,7 +107,7 @@ def html(report: PipelineReport) -> str:
     """The page: everything in it, styles, scripts and drawings; all texts escaped."""
     import jinja2
 
-    from llmkern.pipeline.report_plots import plots
+    from llmkern.report.plots import plots
 
     environment = jinja2.Environment(
         autoescape=True,
@@ -115,7 +115,7 @@ def html(report: PipelineReport) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    source = resources.files("llmkern.pipeline").joinpath("assets/report.html.j2")
+    source = resources.files("llmkern.report").joinpath("assets/report.html.j2")
     columns = view.used_columns(report)
     return environment.from_string(source.read_text(encoding="utf-8")).render(
         report=report,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmkern.pipeline.records import PipelineReport, StageRecord
+from llmkern.report.records import PipelineReport, StageRecord
 
 # Speeds in an evaluation, in the order in which `llmkern.evaluate.speeds` returns them.
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
