@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llmkern._journal import Journal
 from llmkern.calibrate import Block, Statistic, visit
 from llmkern.models import block_linears, find_blocks
-from llmkern.nn._packed_linear import dense_weight, matrix_shape
+from llmkern.models.linears import dense_weight, shape_of
 from llmkern.ops._library import FLOATS
 from llmkern.patch import choose_linears, warn_dense, winning_pattern
 
@@ -123,7 +123,7 @@ def plan_layers(
         winner = winning_pattern(rules, name)
         wanted = None if winner is None else rules[winner]
         if wanted is not None:
-            asked[name] = (matrix_shape(linear)[1], wanted)
+            asked[name] = (shape_of(linear)[1], wanted)
     check(asked)
     choice = choose_linears(model, rules, lambda wanted, shape: None)
     left = dict(choice.left)

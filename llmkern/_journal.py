@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from llmkern._files import sync_entry, sync_tree, write_whole
 from llmkern._version import __version__
-from llmkern.models.linears import set_weight, transposed
+from llmkern.models.linears import is_conv1d, is_linear, set_weight
 from llmkern.nn import PackedLinear
 from llmkern.nn._stored import describe_packed, rebuild_packed
 
@@ -319,8 +319,8 @@ def _set_parameter(module: nn.Module, key: str, value: Tensor) -> None:
     old = module.get_parameter(key)
     if old.shape == value.shape:
         old.data.copy_(value)  # in place: another module may hold the same parameter
-    elif key == "weight" and (isinstance(module, nn.Linear) or transposed(module)):
-        set_weight(module, (value.t() if transposed(module) else value).to(old.device))
+    elif key == "weight" and is_linear(module):
+        set_weight(module, (value.t() if is_conv1d(module) else value).to(old.device))
     else:
         new = nn.Parameter(value.to(old.device, old.dtype), old.requires_grad)
         setattr(module, key, new)

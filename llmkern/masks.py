@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from llmkern.patch import find_linears
+from llmkern.models.linears import find_linears
 
 # Of a layer's weights, exactly zero: that many and it has been pruned, whoever did it. A trained layer
 # has next to none, also in half precision.

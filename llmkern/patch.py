@@ -10,13 +10,15 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
+from llmkern.formats import FORMATS, WeightFormat
 from llmkern.formats.bitsandbytes import describe_model
 from llmkern.formats.compressed_tensors import describe_formats
-from llmkern.formats import FORMATS, WeightFormat
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import BLOCK_SIZES, codebook_name
+from llmkern.models.experts import find_expert_matrices
+from llmkern.models.heads import is_head, is_router, shared_weights
+from llmkern.models.linears import find_linears, is_conv1d, shape_of
 from llmkern.nn import PackedLinear, is_packed, packed_class
-from llmkern.nn._packed_linear import matrix_shape
 from llmkern.nn.int4_linear import Int4Linear
 from llmkern.nn.lut4_linear import Lut4Linear
 
@@ -24,10 +26,6 @@ Format = WeightFormat
 Rule = Format | Mapping[str, Format | None]
 Factory = Callable[[str, nn.Module, Format], nn.Module]
 _T = TypeVar("_T")
-
-# Last components of the names of layers that decide which expert or class wins: tiny, and sensitive.
-_HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass
@@ -106,7 +104,9 @@ def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
 
 
 def choose_linears(
-    model: nn.Module, rules: Mapping[str, _T | None], misfit: Callable[[_T, tuple[int, int]], str | None]
+    model: nn.Module,
+    rules: Mapping[str, _T | None],
+    misfit: Callable[[_T, tuple[int, int]], str | None],
 ) -> LinearChoice[_T]:
     """Which linears of `model` a mapping from glob patterns takes; the model is only read.
 
@@ -133,7 +133,7 @@ def choose_linears(
         fmt = None if winner is None else rules[winner]
         reason, unexpected = _reason_to_leave(name, linear, winner, fmt is None, shared)
         if reason is None and fmt is not None:
-            reason = misfit(fmt, matrix_shape(linear))
+            reason = misfit(fmt, shape_of(linear))
             unexpected = reason is not None
         if reason is not None or fmt is None:
             report._leave(name, reason or "left dense by the rule", unexpected=unexpected)
@@ -151,34 +151,6 @@ def choose_linears(
 def winning_pattern(rules: Mapping[str, object], name: str) -> str | None:
     """The pattern that decides about the module `name`: the last that matches, or None."""
     return next((p for p in reversed(list(rules)) if fnmatchcase(name, p)), None)
-
-
-def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that multiplies by a dense matrix, by its full name: linears and Conv1D."""
-    return {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) or _is_conv1d(module)
-    }
-
-
-def find_expert_matrices(model: nn.Module) -> dict[str, str]:
-    """Modules that hold a stack of matrices in one 3-D parameter, and how it looks.
-
-    transformers keeps MoE experts this way; convolutions have such weights too and are not listed.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            continue
-        stacks = [
-            f"{n} {list(p.shape)}"
-            for n, p in module.named_parameters(recurse=False)
-            if p.dim() == 3
-        ]
-        if stacks:
-            found[name] = f"its matrices are held in 3-D parameters ({', '.join(stacks)})"
-    return found
 
 
 def record_formats(model: nn.Module) -> None:
@@ -272,21 +244,6 @@ def warn_dense(what: str, left: Mapping[str, str]) -> None:
         warnings.warn(f"{what}: {len(left)} modules stay dense:{lines}", stacklevel=3)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2), recognised without importing transformers."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Names under which each weight parameter is reached by different modules, where there are two."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            users.setdefault(id(weight), []).append(name)
-    return {key: names for key, names in users.items() if len(names) > 1}
-
-
 def _reason_to_leave(
     name: str,
     linear: nn.Module,
@@ -305,11 +262,10 @@ def _reason_to_leave(
     others = [n for n in shared.get(id(linear._parameters.get("weight")), []) if n != name]
     if others:
         return f"shares its weight with {', '.join(others)}", pattern == name
-    last = name.rsplit(".", 1)[-1]
-    if pattern != name and last in _HEADS + _ROUTERS:
-        kind = "an output head" if last in _HEADS else "a router"
+    if pattern != name and (is_head(name) or is_router(name)):
+        kind = "an output head" if is_head(name) else "a router"
         return f"{kind}, dense unless a pattern names it", False
-    if type(linear) is not nn.Linear and not _is_conv1d(linear):
+    if type(linear) is not nn.Linear and not is_conv1d(linear):
         return f"of class {type(linear).__name__}, which is not a plain nn.Linear", True
     return None, False
 

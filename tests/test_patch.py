@@ -109,9 +109,7 @@ def test_group_size_that_does_not_divide_is_listed_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         report = llmkern.patch(model, QuantFormat(4, 64))
-    assert (
-        report.left["model.layers.0.mlp.down_proj"] == "group_size = 64 does not divide K = 96"
-    )
+    assert report.left["model.layers.0.mlp.down_proj"] == "group_size = 64 does not divide K = 96"
     assert len(report.unexpected) == 2
     messages = [str(w.message) for w in caught if "stay dense" in str(w.message)]
     assert len(messages) == 1

@@ -13,8 +13,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmkern.hf._quantizer import linear_size
 from llmkern.hf.checkpoint_files import INDEX, WEIGHTS, CheckpointFiles
+from llmkern.models.linears import is_linear, shape_of
 from llmkern.nn import Lut4Linear
 
 METHOD = "llmkern_bitsandbytes"
@@ -26,7 +26,7 @@ class _Pending(nn.Module):
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        self.size = linear_size(linear)
+        self.size = shape_of(linear)[::-1]
         self.register_parameter("bias", getattr(linear, "bias", None))
 
 
@@ -53,11 +53,10 @@ class TableQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = ignored
         for name in self.quantization_config.layers:
             module = modules.get(name)
-            if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+            if module is None or not is_linear(module):
                 raise ValueError(
                     f"{name}: got a 4-bit weight for {type(module).__name__}, expected a linear layer"
                 )
-            assert module is not None
             model.set_submodule(name, _Pending(module))
 
     def is_serializable(self) -> bool:

@@ -15,6 +15,7 @@ from llmkern.formats.compressed_tensors import repack_words, word_aligned_width
 from llmkern.formats.int4 import QuantFormat
 from llmkern.hf.checkpoint_files import CheckpointFiles
 from llmkern.hf.scheme import Scheme
+from llmkern.models.linears import is_conv1d, shape_of
 from llmkern.nn import Int4Linear
 
 # A name of our own that no file ever carries: compressed-tensors' own loader, which expands the model
@@ -57,7 +58,7 @@ class PackedQuantizer(HfQuantizer):
             fmt = packed_format(scheme, files, name, module)
             if fmt is None:
                 continue
-            K, N = linear_size(module)
+            N, K = shape_of(module)
             try:
                 layer = Int4Linear(
                     K,
@@ -114,7 +115,7 @@ def packed_format(
     """Format of a module of the skeleton, or None where it is dense or no linear at all."""
     if isinstance(module, nn.Linear):
         return scheme.format_of(name, module)
-    if type(module).__name__ == "Conv1D" and f"{name}.weight_packed" in files.tensors:
+    if is_conv1d(module) and f"{name}.weight_packed" in files.tensors:
         # The format knows linears only; a Conv1D is packed as the linear that it computes.
         return scheme.format_of(name, nn.Linear(1, 1, device="meta"))
     return None
@@ -126,10 +127,3 @@ def _is_word_aligned(files: CheckpointFiles, name: str, layer: Int4Linear) -> bo
     words = word_aligned_width(layer.in_features, layer.bits)
     old = (layer.out_features, words)
     return info is not None and info.shape == old != tuple(layer.weight_packed.shape)
-
-
-def linear_size(module: nn.Module) -> tuple[int, int]:
-    """(K, N) of an nn.Linear or a Conv1D."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return int(module.nx), int(module.nf)  # type: ignore[arg-type]

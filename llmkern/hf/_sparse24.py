@@ -10,8 +10,8 @@ from torch import nn
 
 from llmkern.formats.int4 import unpack_codes, unpack_zeros
 from llmkern.formats.sparse24 import FLOATS, is_sparse24
+from llmkern.models.heads import shared_weights
 from llmkern.nn import Int4Linear, Sparse24Int4Linear, Sparse24Linear
-from llmkern.patch import shared_weights
 
 Replacement = TypeVar("Replacement", bound=nn.Module)
 

@@ -9,8 +9,9 @@ from torch import nn
 from llmkern.formats.bitsandbytes import METHOD as BITSANDBYTES
 from llmkern.hf._sparse24 import accelerate_sparse, like
 from llmkern.hf.scheme import weights_format
+from llmkern.models.experts import find_expert_matrices
 from llmkern.nn import Int4Linear, Lut4Linear, PackedLinear
-from llmkern.patch import find_expert_matrices, record_formats, warn_dense
+from llmkern.patch import record_formats, warn_dense
 
 Model = TypeVar("Model", bound=nn.Module)
 

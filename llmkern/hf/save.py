@@ -17,8 +17,9 @@ from torch import nn
 
 from llmkern._files import sync_entry, sync_tree
 from llmkern.hf.checkpoint_files import CONFIG
+from llmkern.models.experts import find_expert_matrices
 from llmkern.nn import Int4Linear, Lut4Linear, Sparse24Linear
-from llmkern.patch import find_expert_matrices, quantization_config
+from llmkern.patch import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""What a decoder block looks like, in any architecture: found by structure, never by name."""
+"""What a model is made of, in any architecture: its blocks, linears, units and shared weights."""
 
 from llmkern.models.blocks import (
     DecoderBlocks,

@@ -1,8 +1,7 @@
 """The decoder blocks of a causal language model and the linears inside them.
 
-The only place that knows the structure of Hugging Face models. It goes by structure alone: the blocks
-are the longest outermost `nn.ModuleList` of the decoder, and their linears whatever multiplies by a
-dense matrix below them.
+It goes by structure alone: the blocks are the longest outermost `nn.ModuleList` of the decoder, and their
+linears whatever multiplies by a dense matrix below them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from llmkern.patch import find_linears
+from llmkern.models.linears import find_linears
 
 
 @dataclass(frozen=True)

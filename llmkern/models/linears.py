@@ -1,4 +1,4 @@
-"""Rows and columns of the dense linears that models are made of, whichever way they store them.
+"""The linears that models are made of, and their weights, whichever way they store them.
 
 transformers' `Conv1D` (GPT-2) keeps its weight transposed. Everything here speaks of the weight as
 [N, K]: out features by in features.
@@ -10,15 +10,57 @@ import torch
 from torch import Tensor, nn
 
 
-def transposed(linear: nn.Module) -> bool:
-    """Whether the weight is stored as [K, N]."""
-    return type(linear).__name__ == "Conv1D"
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, which keeps its weight as [K, N]."""
+    # By name: transformers need not be installed.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it multiplies by a matrix: an nn.Linear of any kind, packed too, or a Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def find_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that multiplies by a matrix, by its full name; a shared one under each name."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if is_linear(module)}
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(N, K), of a packed linear too."""
+    weight = linear._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
+    first, second = weight.shape
+    return (second, first) if is_conv1d(linear) else (first, second)
 
 
 def weight_rows(linear: nn.Module) -> Tensor:
-    """The weight [N, K], sharing memory with the parameter, without gradient."""
+    """The weight [N, K] of a dense linear, sharing memory with the parameter, without gradient."""
     weight = linear.get_parameter("weight").detach()
-    return weight.t() if transposed(linear) else weight
+    return weight.t() if is_conv1d(linear) else weight
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight [N, K], contiguous if the parameter is, without gradient; a packed linear's values.
+
+    Raises:
+        ValueError: `linear` is neither an nn.Linear nor a Conv1D.
+    """
+    weight = getattr(linear, "weight", None)
+    if isinstance(linear, nn.Linear) and isinstance(weight, Tensor):
+        return weight.detach()
+    if is_conv1d(linear) and isinstance(weight, Tensor) and weight.dim() == 2:
+        return weight.detach().t().contiguous()
+    raise ValueError(
+        f"linear: got {type(linear).__name__}, expected nn.Linear or transformers' Conv1D"
+    )
+
+
+def write_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Overwrite the weight by `weight` [N, K] of the same size, in place, in the parameter's dtype."""
+    weight_rows(linear).copy_(weight.detach())
 
 
 def bias_of(linear: nn.Module) -> Tensor | None:
@@ -27,20 +69,14 @@ def bias_of(linear: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
-def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(N, K)."""
-    rows, columns = weight_rows(linear).shape
-    return rows, columns
-
-
 def set_weight(linear: nn.Module, weight: Tensor) -> None:
     """Replace the weight by `weight` [N, K], of any size, in the parameter's dtype."""
     old = linear.get_parameter("weight")
-    stored = weight.t() if transposed(linear) else weight
+    stored = weight.t() if is_conv1d(linear) else weight
     new = stored.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
     linear.weight = nn.Parameter(new, old.requires_grad)
     N, K = weight.shape
-    if transposed(linear):
+    if is_conv1d(linear):
         linear.nf, linear.nx = N, K  # type: ignore[assignment]
     else:
         linear.out_features, linear.in_features = N, K  # type: ignore[assignment]

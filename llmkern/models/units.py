@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.models.blocks import block_linears, evaluation_mode, find_blocks, vocabulary_size
-from llmkern.models.linears import bias_of, shape_of, weight_rows
-from llmkern.patch import find_linears
+from llmkern.models.linears import bias_of, find_linears, shape_of, weight_rows
 
 _PROBE_TOKENS = 8
 # Names of the size of a head among an attention module's own attributes.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import _backends
-from llmkern.formats import WeightFormat
 from llmkern.nn._packed_weight import PackedWeight
 
 # Two threads may meet a module's first forward pass together; only one may repack it.
@@ -213,37 +212,3 @@ class PackedLinear(nn.Linear):
 def is_packed(module: nn.Module) -> bool:
     """Whether a module is one of the packed linears."""
     return isinstance(module, PackedLinear)
-
-
-def dense_weight(linear: nn.Module) -> Tensor:
-    """Weight [N, K] of an nn.Linear or of transformers' Conv1D (which stores it transposed).
-
-    Raises:
-        ValueError: `linear` is neither.
-    """
-    weight = getattr(linear, "weight", None)
-    if isinstance(linear, nn.Linear) and isinstance(weight, Tensor):
-        return weight.detach()
-    if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
-        return weight.detach().t().contiguous()
-    raise ValueError(
-        f"linear: got {type(linear).__name__}, expected nn.Linear or transformers' Conv1D"
-    )
-
-
-def matrix_shape(linear: nn.Module) -> tuple[int, int]:
-    """(N, K) of what `dense_weight` returns, without making it."""
-    first, second = linear.get_parameter("weight").shape
-    return (first, second) if isinstance(linear, nn.Linear) else (second, first)
-
-
-def write_weight(linear: nn.Module, weight: Tensor) -> None:
-    """Overwrite what `dense_weight` returns, in place, rounded to the layer's dtype.
-
-    Args:
-        linear: an nn.Linear or Conv1D.
-        weight: float [N, K].
-    """
-    target = linear.get_parameter("weight")
-    with torch.no_grad():
-        target.copy_(weight if isinstance(linear, nn.Linear) else weight.t())

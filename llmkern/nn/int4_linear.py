@@ -17,7 +17,8 @@ from llmkern.formats.int4_widen import (
     padded_group_size,
     widen,
 )
-from llmkern.nn._packed_linear import PackedLinear, dense_weight
+from llmkern.models.linears import dense_weight
+from llmkern.nn._packed_linear import PackedLinear
 from llmkern.ops import dequantize_int4, round_to_nearest, w4a16_gemm
 from llmkern.ops._cuda_layout import pack_int4, unpack_int4
 

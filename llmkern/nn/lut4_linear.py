@@ -21,7 +21,8 @@ from llmkern.formats.lut4 import (
     quantize_blockwise,
 )
 from llmkern.formats.lut4_cpu import from_cpu_layout, to_cpu_layout
-from llmkern.nn._packed_linear import PackedLinear, dense_weight
+from llmkern.models.linears import dense_weight
+from llmkern.nn._packed_linear import PackedLinear
 from llmkern.ops._cuda_layout import pack_lut4, unpack_lut4
 from llmkern.ops.dequantize_lut4 import dequantize_lut4
 from llmkern.ops.lut4_gemm import lut4_gemm

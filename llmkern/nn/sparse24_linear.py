@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from llmkern import _backends
 from llmkern.formats import sparse24_cpu, sparse24_cuda
 from llmkern.formats.sparse24 import FLOATS, check_meta, check_parts, compress
-from llmkern.nn._packed_linear import PackedLinear, dense_weight
+from llmkern.models.linears import dense_weight
+from llmkern.nn._packed_linear import PackedLinear
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.ops.sparse24_gemm import sparse24_gemm
 

@@ -27,10 +27,11 @@ from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
 from llmkern.hf.checkpoint_files import CheckpointFiles, read_checkpoint
 from llmkern.models import block_linears, changed_config, find_blocks, keep_blocks, skeleton
+from llmkern.models.experts import find_expert_matrices
+from llmkern.models.heads import tied_embedding
 from llmkern.models.linears import shape_of
 from llmkern.models.resize import resize_blocks
 from llmkern.nn import PackedLinear
-from llmkern.patch import find_expert_matrices
 from llmkern.pipeline._stage import Stage
 from llmkern.pipeline.stages import CURRENT, ORIGINAL, Distill, Prune, Quantize
 from llmkern.prune import METHODS as PRUNE_METHODS
@@ -348,10 +349,10 @@ def _student(stage: Distill, before: Shapes, original: Shapes, found: Findings) 
 
 def tied_embeddings(model: Any) -> str | None:
     """What it means that a model's head is its embedding; None where it has its own."""
-    inner, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is not inner.weight:
+    weight = tied_embedding(model)
+    if weight is None:
         return None
-    rows, width = head.weight.shape
+    rows, width = weight.shape
     return (
         f"embeddings are tied: one matrix of {rows} x {width} embeds the tokens and gives the logits; it "
         "counts once, and no stage compresses it"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmkern._drive import Lines, Work, for_each_layer, layer_stage, plan_layers
 from llmkern.calibrate import ActivationNormStatistic, HessianStatistic, walk
 from llmkern.masks import record_pruning, zero_fraction
-from llmkern.nn._packed_linear import dense_weight, write_weight
+from llmkern.models.linears import dense_weight, write_weight
 from llmkern.patch import winning_pattern
 from llmkern.prune import owl
 from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern

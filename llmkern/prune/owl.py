@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmkern.calibrate import ActivationNormStatistic, Block, walk
-from llmkern.nn._packed_linear import dense_weight
+from llmkern.models.linears import dense_weight
 from llmkern.prune._job import Job
 
 THRESHOLD = 5.0

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from llmkern._journal import Journal
 from llmkern.masks import MaskedParameters, pruned_layers
 from llmkern.models import block_linears, evaluation_mode, find_blocks
-from llmkern.models.linears import transposed
+from llmkern.models.linears import is_conv1d
 from llmkern.prune._options import RecoveryOptions
 from llmkern.train import TrainOptions, fit
 
@@ -153,7 +153,7 @@ def _lora(model: nn.Module, linears: dict[str, nn.Module], rank: int) -> Iterato
         r=rank,
         lora_alpha=2 * rank,
         target_modules=list(linears),
-        fan_in_fan_out=all(transposed(linear) for linear in linears.values()),
+        fan_in_fan_out=all(is_conv1d(linear) for linear in linears.values()),
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)

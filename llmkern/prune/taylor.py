@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.models import evaluation_mode, find_blocks
-from llmkern.models.linears import transposed
+from llmkern.models.linears import is_conv1d
 from llmkern.prune._job import Job, Method
 from llmkern.prune._options import WidthOptions
 from llmkern.prune._structured import Scores, check_job, find_layers, prune_units
@@ -127,7 +127,7 @@ def _score(
             elif kind == "param_mix":
                 value = value - 0.5 * w.square() * fisher[id(parameter)]
             if key == "weight":
-                value = value.t() if transposed(linear) else value
+                value = value.t() if is_conv1d(linear) else value
                 value = value.t() if name == units.consumer else value
             else:
                 value = value[:, None]

@@ -20,8 +20,8 @@ from llmkern.calibrate.data import Source
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import GROUP_UNIT, LutFormat
 from llmkern.masks import kept_mask, recorded_layers, zero_fraction
+from llmkern.models.linears import dense_weight
 from llmkern.nn import Int4Linear
-from llmkern.nn._packed_linear import dense_weight
 from llmkern.nn.int4_linear import BITS
 from llmkern.patch import record_formats
 from llmkern.quantize._report import LayerReport, QuantizedWeight, QuantizeReport

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from llmkern.formats.lut4 import LutFormat
+from llmkern.models.linears import dense_weight
 from llmkern.nn import Lut4Linear
-from llmkern.nn._packed_linear import dense_weight
 
 # Elements per scale that bitsandbytes takes by default.
 BLOCK_SIZE = 64

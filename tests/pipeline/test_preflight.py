@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 import llmkern
 from llmkern.distill import make_student
 from llmkern.evaluate import weight_bytes
-from llmkern.patch import find_linears
+from llmkern.models.linears import find_linears
 from llmkern.pipeline import _needs, preflight
 from llmkern.pipeline._shapes import Findings, after_stage, read_shapes
 from llmkern.pipeline._stage import Stage
