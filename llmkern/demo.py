@@ -16,7 +16,7 @@ from llmkern import assets
 from llmkern.assets.corpus import training_text
 from llmkern.calibrate import load_tokens
 from llmkern.distill import make_student
-from llmkern.pipeline import Distill, Pipeline, PipelineReport, Prune, Quantize
+from llmkern.pipeline import Distill, Pipeline, PipelineReport, Prune, Quantize, Stage
 from llmkern.pipeline.measure import measure
 
 PROMPTS = ("def read_lines(path):\n", "class Queue:\n    def __init__(self, maxsize=0):\n")
@@ -43,7 +43,7 @@ def run(output: Path, console: Console) -> None:
     windows = load_tokens(assets.evaluation_text(), original, tokenizer, seq_len=SEQ_LEN)[:WINDOWS]
     text = output.with_name(f"{output.name}-text.txt")
     text.write_text(training_text(), encoding="utf-8")
-    stages = [
+    stages: list[Stage[Any]] = [
         Prune("glu", ratio=0.25, importance="obs", **CALIBRATION),
         Quantize("gptq", bits=4, group_size=128, **CALIBRATION),
         Distill("soft", student={"layers": LAYERS}, data=str(text), **_loss(0.5), **TRAINING),

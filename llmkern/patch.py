@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Generic, TypeVar
@@ -98,8 +98,9 @@ def patch(
 def plan_patch(model: nn.Module, rule: Rule | None = None) -> PatchReport:
     """What `patch` would do with the same arguments; the model is only read."""
     if rule is None or type(rule) in FORMATS:
-        rule = {"*": rule or QuantFormat()}
-    choice: LinearChoice[Format] = choose_linears(model, dict(rule), _misfit)
+        rule = {"*": rule or QuantFormat()}  # type: ignore[dict-item]
+    rules: Mapping[str, Format | None] = dict(rule)  # type: ignore[arg-type]
+    choice: LinearChoice[Format] = choose_linears(model, rules, _misfit)
     return PatchReport(choice.replaced, choice.left, choice.unexpected)
 
 
@@ -146,6 +147,11 @@ def choose_linears(
         )
         report._leave(name, reason, unexpected=asked)
     return report
+
+
+def unmatched(rules: Mapping[str, object], names: Collection[str]) -> list[str]:
+    """The patterns that match none of the names; "*", which stands for all, is never one of them."""
+    return [p for p in rules if p != "*" and not any(fnmatchcase(name, p) for name in names)]
 
 
 def winning_pattern(rules: Mapping[str, object], name: str) -> str | None:

@@ -19,7 +19,7 @@ from llmkern.models import block_linears, find_blocks
 from llmkern.prune import METHODS, PruneReport, prune
 
 VOCAB, LAYERS = 96, 2
-SINGLE = [name for name, method in METHODS.items() if "pattern" in method.amounts]
+SINGLE = [method.name for method in METHODS if "pattern" in method.amounts]
 CALIBRATED = [name for name in SINGLE if name != "magnitude"]
 
 

@@ -1,11 +1,16 @@
 """Calibration: windows of tokens, the walk through a model's blocks, statistics of their inputs."""
 
 from llmkern.calibrate.data import load_tokens, load_windows
-from llmkern.calibrate.statistics import ActivationNormStatistic, HessianStatistic, Statistic
+from llmkern.calibrate.statistics import (
+    ActivationNormStatistic,
+    HessianStatistic,
+    InputStatistic,
+    Statistic,
+)
 from llmkern.calibrate.walker import (
     Block,
     HiddenStates,
-    Journal,
+    Keeper,
     capture_inputs,
     skipped,
     visit,
@@ -17,7 +22,8 @@ __all__ = [
     "Block",
     "HessianStatistic",
     "HiddenStates",
-    "Journal",
+    "InputStatistic",
+    "Keeper",
     "Statistic",
     "capture_inputs",
     "load_tokens",

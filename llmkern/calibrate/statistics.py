@@ -23,6 +23,33 @@ class Statistic(Protocol):
         """Take in x [..., K], the input of one call."""
 
 
+class InputStatistic(Statistic, Protocol):
+    """What methods ask of a layer's inputs by its class, so that its memory is known before.
+
+    Attributes:
+        rows: input rows seen so far.
+    """
+
+    rows: int
+
+    def __init__(self, K: int, *, tokens: int, device: torch.device | str = "cpu") -> None:
+        """Start from zero.
+
+        Args:
+            K: width of the inputs.
+            tokens: rows that are expected in all; a layer may see fewer, as experts do.
+            device: where the inputs will be.
+        """
+
+    @classmethod
+    def nbytes(cls, K: int) -> int:
+        """Bytes that its use takes at the peak, for a layer with K in features."""
+
+    @classmethod
+    def nbytes_held(cls, K: int) -> int:
+        """Bytes that it takes while it waits for its layer's turn."""
+
+
 class HessianStatistic:
     """The Hessian 2/n XᵀX of a layer's squared output error, float32 [K, K], lower triangle.
 
@@ -47,6 +74,16 @@ class HessianStatistic:
         self.rows = 0
         self._tokens = tokens
         self._factors: dict[tuple[float, bool, int], HessianFactor] = {}
+
+    @classmethod
+    def nbytes(cls, K: int) -> int:
+        """Of the Hessian, its factor and the factorization's own matrix."""
+        return 3 * K * K * 4
+
+    @classmethod
+    def nbytes_held(cls, K: int) -> int:
+        """Of the Hessian."""
+        return K * K * 4
 
     def update(self, x: Tensor) -> None:
         """Add 2/n xᵀx of x [..., K]."""
@@ -118,6 +155,16 @@ class ActivationNormStatistic:
         self.tokens = tokens
         self._squares = torch.zeros(K, dtype=torch.float64, device=device)
         self._sums = torch.zeros(K, dtype=torch.float64, device=device)
+
+    @classmethod
+    def nbytes(cls, K: int) -> int:
+        """Of the two sums."""
+        return 2 * K * 8
+
+    @classmethod
+    def nbytes_held(cls, K: int) -> int:
+        """Of the same."""
+        return cls.nbytes(K)
 
     def update(self, x: Tensor) -> None:
         """Add the rows of x [..., K]."""

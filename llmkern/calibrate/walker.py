@@ -2,12 +2,12 @@
 
     hidden = embed(tokens)
     for block in blocks:
-        stage(block)              # reads the block's inputs, may change the block
+        on_block(block)           # reads the block's inputs, may change the block
         hidden = block(hidden)    # overwrites the stored hidden states, batch by batch
 
-A stage sees one block, what flows into it and the statistics it asks for, never the model. Held
+It sees one block, what flows into it and the statistics it asks for, never the model. Held
 beyond the model: the hidden states of all windows, once (tokens * width * bytes of the model's
-dtype), and the statistics that the stage holds on to.
+dtype), and the statistics that it holds on to.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ class HiddenStates:
         for batch, rows in enumerate(self._batches):
             self.hidden[rows] = self.run(index, block, batch)
 
-    def read(self, journal: Journal) -> None:
+    def read(self, journal: Keeper) -> None:
         """Replace the hidden states by those that a journal has kept."""
         journal.read_hidden(self.hidden, self._batches)
 
 
-class Journal(Protocol):
-    """Keeps what a walk has finished, so that another can go on from there (`llmkern._journal`)."""
+class Keeper(Protocol):
+    """Keeps what a walk has finished, so that another can go on from there (`llmkern.drive.journal`)."""
 
     def restore(self, blocks: nn.ModuleList) -> int:
         """Put the finished blocks back; the index of the first that is left to do."""
@@ -95,12 +95,12 @@ class Journal(Protocol):
 
 
 class Block:
-    """One decoder block as a stage sees it.
+    """One decoder block as a method sees it.
 
     Attributes:
         index: position in the model.
         name: full dotted name, e.g. "model.layers.3".
-        module: the block itself; a stage may replace what lies inside it.
+        module: the block itself; what lies inside it may be replaced.
         states: the hidden states that enter it.
     """
 
@@ -182,12 +182,12 @@ class Block:
 def walk(
     model: nn.Module,
     tokens: Tensor,
-    stage: Callable[[Block], None],
+    on_block: Callable[[Block], None],
     *,
     batch_size: int = 8,
-    journal: Journal | None = None,
+    journal: Keeper | None = None,
 ) -> None:
-    """Call `stage` on every decoder block of `model`, in order, on the outputs of the one before.
+    """Call `on_block` on every decoder block of `model`, in order, on the outputs of the one before.
 
     The model runs in evaluation mode, without gradients and without a cache; its modes, hooks and
     forwards are restored at the end, also after an exception.
@@ -195,10 +195,10 @@ def walk(
     Args:
         model: a causal language model (see `llmkern.models.find_blocks`).
         tokens: int64 [n, seq_len], the calibration windows.
-        stage: called with each `Block`.
+        on_block: called with each `Block`.
         batch_size: windows per forward.
-        journal: keeps each block after its stage, and the hidden states that leave it; blocks that it
-            holds already are put back, and their stage is not called.
+        journal: keeps each block after its turn, and the hidden states that leave it; blocks that it
+            holds already are put back, and `on_block` is not called for them.
 
     Raises:
         ValueError: `tokens` is no int64 matrix or empty, the blocks were not found or not run, or
@@ -220,7 +220,7 @@ def walk(
         if journal is not None and done:
             states.read(journal)
         for index, (name, module) in list(enumerate(blocks.items()))[done:]:
-            stage(Block(index, name, module, states))
+            on_block(Block(index, name, module, states))
             if index < last:
                 states.advance(index, module)
             if journal is not None:
@@ -229,22 +229,22 @@ def walk(
 
 def visit(
     model: nn.Module,
-    stage: Callable[[int, str, nn.Module], None],
+    on_block: Callable[[int, str, nn.Module], None],
     *,
-    journal: Journal | None = None,
+    journal: Keeper | None = None,
 ) -> None:
-    """Call `stage(index, full name, block)` on every decoder block, without data.
+    """Call `on_block(index, full name, block)` on every decoder block, without data.
 
     Args:
         model: as for `walk`.
-        stage: may replace what lies inside the block.
+        on_block: may replace what lies inside the block.
         journal: as for `walk`.
     """
     blocks = find_blocks(model)
     with torch.no_grad():
         done = 0 if journal is None else journal.restore(blocks.modules)
         for index, (name, module) in list(enumerate(blocks.items()))[done:]:
-            stage(index, name, module)
+            on_block(index, name, module)
             if journal is not None:
                 journal.commit(index, module)
 

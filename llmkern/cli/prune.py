@@ -141,7 +141,7 @@ def prune(
 ) -> None:
     """Remove weights, neurons, heads or blocks of a model and save it as a plain model."""
     import llmkern
-    from llmkern._journal import discard
+    from llmkern.drive import discard
     from llmkern.hf.save import check_target
 
     check_target(output.absolute(), overwrite)

@@ -90,7 +90,7 @@ def quantize(
 ) -> None:
     """Quantize a model's linear layers and save it for compressed-tensors (nf4, fp4: bitsandbytes)."""
     import llmkern
-    from llmkern._journal import discard
+    from llmkern.drive import discard
     from llmkern.hf.save import check_target
 
     check_target(output.absolute(), overwrite)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.distill._heads import Outputs, has_plain_head, run
-from llmkern.distill.hidden import HiddenLoss, HiddenOptions
-from llmkern.distill.soft import SoftOptions, soft_loss
+from llmkern.distill._plan import DistillJob, Plan
+from llmkern.distill._soft_loss import SoftOptions, soft_loss
 
 
 class Distiller(nn.Module):
@@ -19,9 +19,7 @@ class Distiller(nn.Module):
         """The teacher may be None where the options ask for none (alpha 0)."""
         super().__init__()
         self.student = student
-        self.extra: HiddenLoss | None = None
-        if isinstance(options, HiddenOptions):
-            self.extra = HiddenLoss(student, teacher, options)
+        self.extra = options.more_losses(student, teacher)
         # In a list, so that the teacher is neither trained, saved nor wrapped with the rest.
         self._teacher = [teacher]
         self._options = options
@@ -39,9 +37,8 @@ class Distiller(nn.Module):
             num_items: as `llmkern.train.fit` passes it.
         """
         options = self._options
-        states, maps = False, False
-        if isinstance(options, HiddenOptions):
-            states, maps = True, options.attention_weight > 0
+        states = self.extra is not None
+        maps = self.extra is not None and self.extra.maps
         labels = batch.get("labels", batch["input_ids"])
         keep = labels[:, 1:] != -100 if "labels" in batch else None
         wanted = labels[:, 1:].flatten() if keep is None else labels[:, 1:][keep]
@@ -54,13 +51,12 @@ class Distiller(nn.Module):
             other = batch.get("teacher_labels")
             target = theirs.predicting(keep if other is None else other[:, 1:] != -100)
         losses = soft_loss(mine.predicting(keep), target, wanted, options, num_items)
-        if self.extra is not None and isinstance(options, HiddenOptions):
+        if self.extra is not None:
             assert theirs is not None
             share = (labels[:, 1:] != -100).sum() / num_items
             extra = self.extra(mine, theirs, labels != -100)
             extra = {name: value * share for name, value in extra.items()}
-            weights = {"hidden": options.hidden_weight, "attention": options.attention_weight}
-            total = sum(weights[name] * value for name, value in extra.items())
+            total = sum(self.extra.weights[name] * value for name, value in extra.items())
             losses |= extra | {"loss": losses["loss"] + total}
         return losses
 
@@ -78,3 +74,15 @@ class Distiller(nn.Module):
         }
         outputs = run(teacher, inputs, self._plain[1], states, maps)
         return outputs.to(batch["input_ids"].device)
+
+
+def plan_windows(job: DistillJob, options: SoftOptions) -> Plan:
+    """The plan of methods that compare logits on windows of the data.
+
+    Raises:
+        ValueError: different tokenizers or vocabularies, bad data.
+    """
+    job.check_tokens()
+    windows = job.windows()
+    module = Distiller(job.student, job.teacher, options, windows[:1, :8])
+    return Plan(module, {"input_ids": windows})

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmkern._drive import sort_options
 from llmkern.calibrate.data import Source
-from llmkern.distill._distiller import Distiller
-from llmkern.distill._plan import Job, Plan
+from llmkern.distill import gkd, hidden, in_context, minillm, sequence, soft
+from llmkern.distill._method import DistillMethod
+from llmkern.distill._plan import DistillJob
 from llmkern.distill._student import is_dense
-from llmkern.distill.gkd import GkdOptions, plan_gkd
-from llmkern.distill.hidden import HiddenOptions
-from llmkern.distill.in_context import InContextOptions, plan_in_context
-from llmkern.distill.minillm import MiniLlmOptions, plan_minillm
-from llmkern.distill.sequence import SequenceOptions, plan_sequence
-from llmkern.distill.soft import SoftOptions
+from llmkern.drive import find_method, sort_options
 from llmkern.masks import keep_masks, pruned_layers
 from llmkern.train import TrainOptions, TrainReport, fit
 
@@ -29,7 +23,7 @@ class DistillReport:
     """What `distill` did.
 
     Attributes:
-        method: one of `METHODS`.
+        method: its name.
         options: the method's options, as used.
         windows, window: training windows (or rows, or prompts) and the tokens of the longest.
         training: loss of each step, seconds.
@@ -48,25 +42,15 @@ class DistillReport:
         return dataclasses.asdict(self)
 
 
-def _plan_windows(job: Job, options: SoftOptions) -> Plan:
-    job.check_tokens()
-    windows = job.windows()
-    module = Distiller(job.student, job.teacher, options, windows[:1, :8])
-    return Plan(module, {"input_ids": windows})
+METHODS: list[DistillMethod] = [
+    soft.METHOD,
+    hidden.METHOD,
+    gkd.METHOD,
+    minillm.METHOD,
+    sequence.METHOD,
+    in_context.METHOD,
+]
 
-
-# Options of each method, and what makes a plan of them.
-_METHODS: dict[str, tuple[type, Callable[[Job, Any], Plan]]] = {
-    "soft": (SoftOptions, _plan_windows),
-    "hidden": (HiddenOptions, _plan_windows),
-    "gkd": (GkdOptions, plan_gkd),
-    "minillm": (MiniLlmOptions, plan_minillm),
-    "sequence": (SequenceOptions, plan_sequence),
-    "in_context": (InContextOptions, plan_in_context),
-}
-METHODS: dict[str, type] = {name: options for name, (options, _) in _METHODS.items()}
-
-_WITH_DATA = ("soft", "hidden", "gkd", "minillm")
 # Options that say where something lies, not what is done.
 _PLACES = ("prompts", "answers", "demonstrations")
 
@@ -121,17 +105,18 @@ def distill(
     Gu et al. 2023, arXiv 2306.08543 (MiniLLM); Agarwal et al. 2023, arXiv 2306.13649 (GKD); Huang et al.
     2022, arXiv 2212.10670 (in context).
     """
-    settings, training = sort_options(method, METHODS, options, TrainOptions)
+    kind = find_method(METHODS, method)
+    settings, training = sort_options(kind, options, TrainOptions)
     if not is_dense(student):
         raise ValueError("student: got packed layers in it, expected dense weights to train")
-    if method not in _WITH_DATA:
+    if kind.answers:
         for name, value in (("data", data), ("samples", samples)):
             if value is not None:
                 raise ValueError(
                     f"{name}: not an option of method {method!r}, expected None: it trains on answers"
                 )
     texts = (data, seq_len, 4096 if samples is None else samples)
-    job = Job(student, teacher, tokenizer, teacher_tokenizer, *texts, training, progress)
+    job = DistillJob(student, teacher, tokenizer, teacher_tokenizer, *texts, training, progress)
     dtype = next(student.parameters()).dtype
     student.float()
     modes = student.training, teacher is not None and teacher.training
@@ -140,7 +125,7 @@ def distill(
         teacher.eval()
     used = _described(settings)
     try:
-        plan = _METHODS[method][1](job, settings)
+        plan = kind.plan(job, settings)
         kept: AbstractContextManager[object] = nullcontext()
         if keep_zeros and pruned_layers(student):
             kept = keep_masks(student)

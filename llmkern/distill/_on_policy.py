@@ -23,7 +23,7 @@ from llmkern.distill._generate import (
     seeded_uniforms,
     stop_tokens,
 )
-from llmkern.distill._plan import Job
+from llmkern.distill._plan import DistillJob
 from llmkern.distill._rows import Tokens, pad_rows, pad_token, prompt_tokens
 from llmkern.distill._texts import read_prompts
 from llmkern.train import Order, Place
@@ -62,7 +62,7 @@ class OnPolicyOptions(SamplingOptions):
 class OnPolicy:
     """Draws the rows of a forward from the student, or from a mixture with the teacher."""
 
-    def __init__(self, job: Job, options: OnPolicyOptions, share: float = 0.0) -> None:
+    def __init__(self, job: DistillJob, options: OnPolicyOptions, share: float = 0.0) -> None:
         """Read and check the prompts.
 
         Args:
@@ -90,7 +90,7 @@ class OnPolicy:
             lengths, source = [len(prompt) for prompt in self._prompts], "prompts"
         check_room(lengths, options.max_new_tokens, readers, source)
 
-    def data(self, job: Job, needed: bool) -> Tensor:
+    def data(self, job: DistillJob, needed: bool) -> Tensor:
         """What `fit` takes its rows from, int64 [n, T].
 
         Args:
@@ -136,7 +136,7 @@ class OnPolicy:
         return sample(self._student, prompts, uniforms, self._options, self._ends, self._mixture)
 
 
-def _encoded(job: Job, options: OnPolicyOptions) -> list[Tokens]:
+def _encoded(job: DistillJob, options: OnPolicyOptions) -> list[Tokens]:
     assert options.prompts is not None
     if job.tokenizer is None:
         raise ValueError("tokenizer: got None, expected a tokenizer, because prompts are text")

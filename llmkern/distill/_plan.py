@@ -17,7 +17,7 @@ from llmkern.train import Prepare, TrainOptions
 
 
 @dataclass
-class Job:
+class DistillJob:
     """What `distill` was called with.
 
     Attributes:

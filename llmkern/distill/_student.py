@@ -46,7 +46,7 @@ def make_student(
             built so, and what `llmkern.prune` raises.
     """
     depth = len(find_blocks(teacher))
-    kept = _chosen(layers, depth)
+    kept = chosen_blocks(layers, depth)
     if not 0 < width <= 1:
         raise ValueError(f"width: got {width}, expected a fraction in (0, 1]")
     given = {"calibration": calibration, "tokenizer": tokenizer, **pruning}
@@ -65,7 +65,7 @@ def make_student(
     return student
 
 
-def _chosen(layers: float | int | Sequence[int], depth: int) -> list[int]:
+def chosen_blocks(layers: float | int | Sequence[int], depth: int) -> list[int]:
     if isinstance(layers, (int, float)):
         count = layers if isinstance(layers, int) else round(layers * depth)
         if layers <= 0 or not 1 <= count <= depth or (isinstance(layers, float) and layers > 1):

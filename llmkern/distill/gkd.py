@@ -13,9 +13,10 @@ from torch import Tensor
 
 from llmkern.distill._distiller import Distiller
 from llmkern.distill._generate import seeded_uniforms
+from llmkern.distill._method import HALF, DistillMethod
 from llmkern.distill._on_policy import OnPolicy, OnPolicyOptions
-from llmkern.distill._plan import Job, Plan
-from llmkern.distill.soft import SoftOptions
+from llmkern.distill._plan import DistillJob, Plan
+from llmkern.distill._soft_loss import SoftOptions
 from llmkern.train import Place
 
 
@@ -47,7 +48,7 @@ class GkdOptions(OnPolicyOptions):
         return SoftOptions(1.0, self.temperature, self.divergence, self.beta)
 
 
-def plan_gkd(job: Job, options: GkdOptions) -> Plan:
+def plan_gkd(job: DistillJob, options: GkdOptions) -> Plan:
     """The soft labels' module on rows of the student or of the data.
 
     Raises:
@@ -68,3 +69,13 @@ def plan_gkd(job: Job, options: GkdOptions) -> Plan:
 
     module = Distiller(job.student, job.teacher, options.soft(), windows[:1, :8])
     return Plan(module, {"input_ids": windows}, prepare)
+
+
+METHOD = DistillMethod(
+    name="gkd",
+    about="a divergence of the logits on the student's own samples",
+    options=GkdOptions,
+    plan=plan_gkd,
+    reads_windows=lambda options: options.on_policy < 1 or options.prompts is None,
+    compared={"distill gkd": {**HALF}},
+)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern.distill._distiller import plan_windows
 from llmkern.distill._heads import Outputs
-from llmkern.distill.soft import SoftOptions
+from llmkern.distill._method import HALF, DistillMethod
+from llmkern.distill._soft_loss import SoftOptions
 from llmkern.models import find_blocks, text_config
 
 
@@ -40,6 +42,10 @@ class HiddenOptions(SoftOptions):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
 
+    def more_losses(self, student: Any, teacher: Any) -> HiddenLoss:
+        """Hidden states and attention maps."""
+        return HiddenLoss(student, teacher, self)
+
 
 class HiddenLoss(nn.Module):
     """The additional terms; its parameters are the projections."""
@@ -47,6 +53,8 @@ class HiddenLoss(nn.Module):
     def __init__(self, student: Any, teacher: Any, options: HiddenOptions) -> None:
         super().__init__()
         self._options = options
+        self.maps = options.attention_weight > 0
+        self.weights = {"hidden": options.hidden_weight, "attention": options.attention_weight}
         depths = len(find_blocks(student)), len(find_blocks(teacher))
         self._pairs = _pairs(options.layers, *depths)
         if options.attention_weight:
@@ -100,3 +108,12 @@ def _pairs(layers: tuple[str, ...] | None, mine: int, theirs: int) -> list[tuple
             raise ValueError(f"layers: got {entry!r}, expected blocks 1 to {mine} : 1 to {theirs}")
         pairs.append(pair)
     return pairs
+
+
+METHOD = DistillMethod(
+    name="hidden",
+    about="soft labels, and the teacher's hidden states and attention maps",
+    options=HiddenOptions,
+    plan=plan_windows,
+    compared={"distill hidden": {**HALF}},
+)

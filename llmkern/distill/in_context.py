@@ -15,8 +15,10 @@ from pathlib import Path
 
 from llmkern.distill._distiller import Distiller
 from llmkern.distill._generate import seeded_uniforms
-from llmkern.distill._plan import Job, Plan
+from llmkern.distill._method import HALF, DistillMethod
+from llmkern.distill._plan import DistillJob, Plan
 from llmkern.distill._rows import Tokens, pad_rows, pad_token, pair_tokens, prompt_tokens, trim
+from llmkern.distill._soft_loss import SoftOptions
 from llmkern.distill._texts import Pair, read_pairs
 from llmkern.distill.sequence import (
     Lesson,
@@ -27,7 +29,6 @@ from llmkern.distill.sequence import (
     gather,
     row_limit,
 )
-from llmkern.distill.soft import SoftOptions
 from llmkern.models import context_length
 
 
@@ -81,7 +82,7 @@ class InContextOptions(SequenceOptions):
         return SoftOptions(self.alpha, self.temperature, self.divergence, self.beta)
 
 
-def plan_in_context(job: Job, options: InContextOptions) -> Plan:
+def plan_in_context(job: DistillJob, options: InContextOptions) -> Plan:
     """Rows of the student without the context and, for the logits, of the teacher with it.
 
     Raises:
@@ -119,7 +120,7 @@ def plan_in_context(job: Job, options: InContextOptions) -> Plan:
     return Plan(module, data, trim, notes)
 
 
-def _read_by_teacher(job: Job, lesson: Lesson, context: _Context, chat: bool) -> Tokens:
+def _read_by_teacher(job: DistillJob, lesson: Lesson, context: _Context, chat: bool) -> Tokens:
     """What the teacher reads before it predicts what the student learns."""
     prompt = lesson.pair.prompt
     if not isinstance(prompt, str):
@@ -172,3 +173,21 @@ class _Context:
         # Each half by itself: a prompt may hold the marks, too.
         question = before.replace("{prompt}", pair.prompt)
         return question + pair.answer + after.replace("{prompt}", pair.prompt)
+
+
+METHOD = DistillMethod(
+    name="in_context",
+    about="the teacher's answers in a context that the student does not get",
+    options=InContextOptions,
+    plan=plan_in_context,
+    answers=True,
+    reads_windows=lambda options: False,
+    compared={
+        "distill in context": {
+            "prompts": None,
+            "template": "The following text is clear, complete and correct.\n\n{prompt}",
+            "alpha": 0.5,
+            **HALF,
+        }
+    },
+)

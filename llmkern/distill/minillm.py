@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from llmkern.distill._generate import Sampled
 from llmkern.distill._heads import Outputs, has_plain_head, run
+from llmkern.distill._method import HALF, DistillMethod
 from llmkern.distill._on_policy import OnPolicy, OnPolicyOptions
-from llmkern.distill._plan import Job, Plan
-from llmkern.distill.soft import SoftOptions, soft_loss
+from llmkern.distill._plan import DistillJob, Plan
+from llmkern.distill._soft_loss import SoftOptions, soft_loss
 from llmkern.train import Place
 
 WEIGHTINGS = ("token", "sequence")
@@ -80,7 +81,7 @@ class MiniLlmOptions(OnPolicyOptions):
             raise ValueError(f"refresh: got {self.refresh}, expected at least 1")
 
 
-def plan_minillm(job: Job, options: MiniLlmOptions) -> Plan:
+def plan_minillm(job: DistillJob, options: MiniLlmOptions) -> Plan:
     """Samples of the mixture, and the policy gradient's module.
 
     Raises:
@@ -217,3 +218,13 @@ def _chunk(
     q, p = logits.to(work).log_softmax(-1), target.to(work).log_softmax(-1)
     kl = (q.exp() * (q - p)).sum(-1)
     return q.gather(1, wanted[:, None])[:, 0], p.gather(1, wanted[:, None])[:, 0], kl
+
+
+METHOD = DistillMethod(
+    name="minillm",
+    about="reverse KL of the student's own samples, by policy gradient",
+    options=MiniLlmOptions,
+    plan=plan_minillm,
+    reads_windows=lambda options: options.lm_weight > 0 or options.prompts is None,
+    compared={"distill minillm": {**HALF}},
+)

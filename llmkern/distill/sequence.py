@@ -16,7 +16,8 @@ from torch import Tensor
 from llmkern.distill._answers import Questions, collect_answers, read_answers
 from llmkern.distill._distiller import Distiller
 from llmkern.distill._generate import SamplingOptions
-from llmkern.distill._plan import Job, Plan, main_process_first
+from llmkern.distill._method import HALF, DistillMethod
+from llmkern.distill._plan import DistillJob, Plan, main_process_first
 from llmkern.distill._rows import (
     Tokens,
     has_template,
@@ -26,8 +27,8 @@ from llmkern.distill._rows import (
     prompt_tokens,
     trim,
 )
+from llmkern.distill._soft_loss import SoftOptions
 from llmkern.distill._texts import Pair, read_pairs, read_prompts
-from llmkern.distill.soft import SoftOptions
 from llmkern.models import context_length, vocabulary_size
 
 # Options that say how answers are drawn.
@@ -95,7 +96,7 @@ class SequenceOptions(SamplingOptions):
                 ) from error
 
 
-def plan_sequence(job: Job, options: SequenceOptions) -> Plan:
+def plan_sequence(job: DistillJob, options: SequenceOptions) -> Plan:
     """Answers as rows, and the cross-entropy on them.
 
     Raises:
@@ -112,7 +113,10 @@ def plan_sequence(job: Job, options: SequenceOptions) -> Plan:
 
 
 def gather(
-    job: Job, options: SequenceOptions, extend: Callable[[list[str]], list[str]], stop: str | None
+    job: DistillJob,
+    options: SequenceOptions,
+    extend: Callable[[list[str]], list[str]],
+    stop: str | None,
 ) -> list[Pair]:
     """Prompts and answers, from the file or the teacher.
 
@@ -209,7 +213,7 @@ def extract(pairs: Sequence[Pair], options: SequenceOptions, notes: list[str]) -
     return lessons
 
 
-def row_limit(job: Job) -> int | None:
+def row_limit(job: DistillJob) -> int | None:
     """Most tokens of a row: seq_len or the student's context.
 
     Raises:
@@ -247,7 +251,7 @@ def fit_rows(
     return fitting
 
 
-def check_vocabulary(job: Job, data: dict[str, Tensor]) -> None:
+def check_vocabulary(job: DistillJob, data: dict[str, Tensor]) -> None:
     """Refuse a tokenizer with more tokens than the student.
 
     Raises:
@@ -258,3 +262,14 @@ def check_vocabulary(job: Job, data: dict[str, Tensor]) -> None:
         raise ValueError(
             f"tokenizer: got token {largest}, expected tokens below the student's vocabulary of {size}"
         )
+
+
+METHOD = DistillMethod(
+    name="sequence",
+    about="the teacher's answers to prompts, or those in a file, as text",
+    options=SequenceOptions,
+    plan=plan_sequence,
+    answers=True,
+    reads_windows=lambda options: False,
+    compared={"distill sequence": {"prompts": None, **HALF}},
+)

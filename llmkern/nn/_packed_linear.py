@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import _backends
+from llmkern.formats import Misfit
 from llmkern.nn._packed_weight import PackedWeight
 
 # Two threads may meet a module's first forward pass together; only one may repack it.
@@ -44,8 +45,8 @@ class PackedLinear(nn.Linear):
         raise NotImplementedError
 
     @classmethod
-    def refuse(cls, fmt: Any) -> str | None:
-        """Why this module holds no weight in `fmt`, an instance of `FORMAT`, of whatever shape, or None."""
+    def refuse(cls, fmt: Any) -> Misfit | None:
+        """Why this module holds no weight in `fmt`, an instance of `FORMAT`, or None."""
         return None
 
     @classmethod

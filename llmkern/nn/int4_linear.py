@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llmkern.formats import Misfit
 from llmkern.formats.int4 import QuantFormat, pack_codes, pack_zeros
 from llmkern.formats.int4_cpu import from_cpu_layout, to_cpu_layout
 from llmkern.formats.int4_widen import (
@@ -63,7 +64,7 @@ class Int4Linear(PackedLinear):
         ValueError: bits not 2, 3 or 4, or a group size that does not divide in_features.
     """
 
-    FORMAT = QuantFormat
+    FORMAT: ClassVar[type | None] = QuantFormat
     activation = "float"
     _FILE_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     _REPACKED_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
@@ -111,9 +112,11 @@ class Int4Linear(PackedLinear):
             self.register_parameter("bias", None)
 
     @classmethod
-    def refuse(cls, fmt: QuantFormat) -> str | None:
+    def refuse(cls, fmt: QuantFormat) -> Misfit | None:
         """Why no weight is held in `fmt`, or None."""
-        return None if fmt.bits in BITS else f"bits = {fmt.bits} is not one of {BITS}"
+        if fmt.bits in BITS:
+            return None
+        return Misfit("bits", fmt.bits, f"is not one of {BITS}", f"one of {BITS}")
 
     @classmethod
     def from_format(cls, linear: nn.Module, fmt: QuantFormat) -> Int4Linear:

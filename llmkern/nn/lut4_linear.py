@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Lut4Linear(PackedLinear):
         ValueError: names the tensor, what it was and what was expected.
     """
 
-    FORMAT = LutFormat
+    FORMAT: ClassVar[type | None] = LutFormat
     _FILE_BUFFERS = ("weight_packed", "weight_codebook", "weight_scale")
     _REPACKED_BUFFERS = ("weight_packed",)
     _KERNEL_BUFFERS = ("_qweight", "_codebook", "_scales")
@@ -200,9 +200,14 @@ class Lut4Linear(PackedLinear):
         cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: nn.Parameter | None
     ) -> Lut4Linear:
         """The layer that `stored` described."""
-        parts = (tensors[name] for name in ("weight_packed", "weight_codebook"))
-        sizes = entry["group_size"], entry["block_size"]
-        weight = Lut4Weight(*parts, tensors.get("weight_scale"), *sizes, entry["dtype"])
+        weight = Lut4Weight(
+            tensors["weight_packed"],
+            tensors["weight_codebook"],
+            tensors.get("weight_scale"),
+            entry["group_size"],
+            entry["block_size"],
+            entry["dtype"],
+        )
         return cls(weight, bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

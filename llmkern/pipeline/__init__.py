@@ -2,7 +2,7 @@
 
 from llmkern.pipeline.recipe import default_recipe, dump_recipe, load_recipe, parse_recipe
 from llmkern.pipeline.run import Pipeline, RunOptions
-from llmkern.pipeline.stages import STAGES, Distill, Prune, Quantize
+from llmkern.pipeline.stages import STAGES, Distill, Prune, Quantize, Stage
 from llmkern.report import PipelineReport, StageRecord
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "RunOptions",
+    "Stage",
     "StageRecord",
     "default_recipe",
     "dump_recipe",

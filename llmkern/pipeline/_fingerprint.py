@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.pipeline._stage import Stage
+from llmkern.pipeline.stages import Stage
 
 _CHUNK = 1 << 24
 # Entries of a config that say where a model came from, not what it is.
@@ -45,7 +45,7 @@ def of_source(source: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest() if any(map(str.isspace, text)) else text
 
 
-def of_options(stages: Sequence[Stage]) -> dict[str, str]:
+def of_options(stages: Sequence[Stage[Any]]) -> dict[str, str]:
     """Of the files and models that options of the stages name, by "1-prune.option"."""
     found = {}
     for index, stage in enumerate(stages, 1):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from llmkern.pipeline._stage import Stage
+from llmkern.pipeline.stages import Stage
 
 # (earlier, later) -> what is lost by it.
 _REASONS = {
@@ -31,7 +32,7 @@ _MIXED = (
 )
 
 
-def order_warnings(stages: Sequence[Stage]) -> list[str]:
+def order_warnings(stages: Sequence[Stage[Any]]) -> list[str]:
     """One sentence for each pair of stages whose order costs quality.
 
     The order that costs none is prune, quantize, distill: each step works with what the ones before it

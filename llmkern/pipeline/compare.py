@@ -1,6 +1,6 @@
 """Techniques side by side on one model: each applied to the original, measured in the same way.
 
-What there is to compare is what the drivers declare (`COMPARED` beside their methods), by way of the
+What there is to compare is what the methods declare (`Method.compared`), by way of the
 stages that call them: a driver or a method that is added there appears here.
 """
 
@@ -29,9 +29,8 @@ from llmkern.hf import accelerate_sparse, load, save
 from llmkern.models import evaluation_mode
 from llmkern.pipeline._options import nearest
 from llmkern.pipeline._peak import PeakMemory
-from llmkern.pipeline._stage import Context, Stage
 from llmkern.pipeline.measure import beginnings, file_bytes, measure
-from llmkern.pipeline.stages import STAGES
+from llmkern.pipeline.stages import STAGES, Context, Stage
 from llmkern.report import PipelineReport, StageRecord
 from llmkern.report.view import RATES
 
@@ -88,12 +87,12 @@ class CompareOptions:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
-def compared() -> dict[str, tuple[type[Stage], Mapping[str, Any]]]:
+def compared() -> dict[str, tuple[type[Stage[Any]], Mapping[str, Any]]]:
     """Everything that can be compared: kind of stage and its options, by label."""
     return {
         label: (kind, options)
         for kind in STAGES.values()
-        for label, options in kind.compared.items()
+        for label, options in kind.compared().items()
     }
 
 
@@ -221,9 +220,8 @@ class _Comparison:
     def _row(self, label: str) -> tuple[StageRecord, list[str]]:
         stage, settings = self._stage(label), self._settings
         # A student is made from the model without changing it, and takes its place in the context.
-        reads_only = isinstance(getattr(stage, "student", None), Mapping)
         context = Context(
-            model=self._model if reads_only else copy.deepcopy(self._model),
+            model=self._model if stage.reads_only else copy.deepcopy(self._model),
             tokenizer=settings.tokenizer,
             calibration=self._calibration,
             original=lambda: self._model,
@@ -264,7 +262,7 @@ class _Comparison:
             record.evaluation["original"] = dict(zip(RATES, rates, strict=True))
         return record, notes
 
-    def _stage(self, label: str) -> Stage:
+    def _stage(self, label: str) -> Stage[Any]:
         """The stage of a label, with the settings that concern it."""
         kind, preset = compared()[label]
         settings, options = self._settings, dict(preset)

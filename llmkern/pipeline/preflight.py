@@ -1,10 +1,10 @@
 """Preflight: what a pipeline will need and what will be refused, found before any work.
 
 The stages are planned by their drivers' own functions on a skeleton of the model that holds no data
-(`_shapes`), and memory and disk are estimated from its shapes (`_needs`). The model is not changed,
-copied or loaded. Impossible is what a driver would refuse, what cannot fit the machine's memory or the
-free space of the disk, and data that is missing, too short or of another vocabulary; all else that is
-odd is a warning, and what stays as it is, a note.
+(`Stage.plan`), and memory and disk are estimated from its shapes (`Stage.memory`). The model is not
+changed, copied or loaded. Impossible is what a driver would refuse, what cannot fit the machine's memory
+or the free space of the disk, and data that is missing, too short or of another vocabulary; all else that
+is odd is a warning, and what stays as it is, a note.
 """
 
 from __future__ import annotations
@@ -19,25 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern._drive import DataOptions
 from llmkern.calibrate import load_tokens
 from llmkern.calibrate.data import DEFAULT_SEQ_LEN, TOKEN_FILES, Source
+from llmkern.drive import Findings, Shapes, Tokens
 from llmkern.hf import load_tokenizer
-from llmkern.models import context_length
-from llmkern.pipeline import _needs
-from llmkern.pipeline._needs import Tokens, shown
-from llmkern.pipeline._shapes import (
-    Findings,
-    Shapes,
-    after_stage,
-    read_shapes,
-    tied_embeddings,
-)
-from llmkern.pipeline._stage import Stage, source_of
-from llmkern.pipeline.stages import Distill
+from llmkern.models import context_length, vocabulary_size
+from llmkern.pipeline._shapes import read_shapes, tied_embeddings
+from llmkern.pipeline.stages import Stage, source_of
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_DISTILL_WINDOWS = 4096
+_MEASURED_BATCH = 4  # windows, see `llmkern.pipeline.measure`
 
 
 @dataclass(frozen=True)
@@ -139,7 +130,7 @@ class Preflight:
 
 def check(
     model: Any,
-    stages: Sequence[Stage],
+    stages: Sequence[Stage[Any]],
     *,
     calibration: Source | str = None,
     tokenizer: Any = None,
@@ -179,7 +170,7 @@ def check(
     for index, stage in enumerate(stages, 1):
         name, found = f"{index}-{stage.name}", Findings()
         tokens = data.of(stage, before, found)
-        after = after_stage(stage, before, original, found)
+        after = _after(stage, before, original, found)
         result.errors += [Finding(name, text) for text in found.errors]
         result.warnings += [Finding(name, text) for text in found.warnings]
         result.notes += [Finding(name, text) for text in found.notes]
@@ -190,21 +181,46 @@ def check(
     return result
 
 
+def _after(stage: Stage[Any], before: Shapes, original: Shapes, found: Findings) -> Shapes:
+    """The shapes that a stage leaves; what its driver will refuse goes to `found`."""
+    if (before.packed or before.formats) and not stage.keeps_packed:
+        found.notes.append("its packed layers are expanded to dense ones first")
+    after = before
+    with found.refusals():
+        after = stage.plan(before, original, found)
+    return after
+
+
 def _figures(
-    name: str, stage: Stage, shapes: tuple[Shapes, Shapes, Shapes], tokens: Tokens
+    name: str, stage: Stage[Any], shapes: tuple[Shapes, Shapes, Shapes], tokens: Tokens
 ) -> StageFigures:
     before, after, original = shapes
     window = min(DEFAULT_SEQ_LEN, context_length(after.model) or DEFAULT_SEQ_LEN)
-    work = _needs.memory(stage, before, after, original, tokens)
-    measured = _needs.measuring(before, after, original, window)
-    written = _needs.on_disk(after)
+    work = stage.memory(before, after, original, tokens)
+    measured = _measuring(before, after, original, window)
+    written = after.on_disk()
     return StageFigures(
         name=name,
         label=stage.label,
         memory_bytes=max(work, measured),
         weight_bytes=written,
-        disk_bytes=written + _needs.journal(stage, after, tokens),
+        disk_bytes=written + stage.journal(after, tokens),
     )
+
+
+def _measuring(before: Shapes, after: Shapes, original: Shapes, window: int) -> int:
+    """Bytes at the peak of what follows a stage: both models' logits of a batch, and the models."""
+    vocabulary = vocabulary_size(after.model) or 0
+    logits = 2 * _MEASURED_BATCH * window * vocabulary * after.dtype.itemsize
+    return after.weights() + max(before.weights(), original.weights()) + logits
+
+
+def shown(count: int) -> str:
+    """Bytes for people."""
+    if count < 1 << 20:
+        return f"{count / 1024:.0f} KiB"
+    power = 3 if count >= 1 << 30 else 2
+    return f"{count / 1024**power:.{1 if power == 3 else 0}f} {'GiB' if power == 3 else 'MiB'}"
 
 
 class _Data:
@@ -214,11 +230,9 @@ class _Data:
         self._calibration, self._tokenizer = calibration, tokenizer
         self._read: dict[tuple[Any, ...], Tensor] = {}
 
-    def of(self, stage: Stage, shapes: Shapes, found: Findings) -> Tokens:
+    def of(self, stage: Stage[Any], shapes: Shapes, found: Findings) -> Tokens:
         """The windows that a stage will read, and what is wrong with them."""
-        training = isinstance(stage, Distill)
-        usually = _DISTILL_WINDOWS if training else DataOptions.samples
-        samples = int(stage.options.get("samples") or usually)
+        samples = int(stage.options.get("samples") or stage.usual_samples)
         seq_len = stage.options.get("seq_len")
         usual = min(DEFAULT_SEQ_LEN, context_length(shapes.model) or DEFAULT_SEQ_LEN)
         tokens = Tokens(samples, seq_len or usual)
@@ -242,7 +256,7 @@ class _Data:
                     found.warnings.append(
                         f"samples: got {samples}, and the data has {len(windows)} windows: all of them"
                     )
-            elif len(windows) < samples and not training:
+            elif len(windows) < samples and stage.repeats:
                 tokens = Tokens(samples, windows.shape[1])
                 found.warnings.append(
                     f"samples: got {samples} windows of {windows.shape[1]} tokens, and the data has "

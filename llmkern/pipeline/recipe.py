@@ -17,8 +17,7 @@ from typing import Any
 import yaml
 
 from llmkern.pipeline._options import nearest
-from llmkern.pipeline._stage import Stage
-from llmkern.pipeline.stages import STAGES
+from llmkern.pipeline.stages import STAGES, Stage
 
 DEFAULT = """\
 - prune: {method: glu, ratio: 0.25, importance: obs}
@@ -58,7 +57,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
-def load_recipe(path: str | Path) -> list[Stage]:
+def load_recipe(path: str | Path) -> list[Stage[Any]]:
     """The stages of a recipe file.
 
     Raises:
@@ -73,7 +72,7 @@ def load_recipe(path: str | Path) -> list[Stage]:
     return parse_recipe(text, str(path))
 
 
-def parse_recipe(text: str, name: str = "recipe") -> list[Stage]:
+def parse_recipe(text: str, name: str = "recipe") -> list[Stage[Any]]:
     """The stages of a recipe's text; errors are those of `load_recipe`.
 
     Args:
@@ -96,18 +95,18 @@ def parse_recipe(text: str, name: str = "recipe") -> list[Stage]:
     return [_stage(node, name) for node in root.value]
 
 
-def dump_recipe(stages: Iterable[Stage]) -> str:
+def dump_recipe(stages: Iterable[Stage[Any]]) -> str:
     """The recipe that `parse_recipe` reads as these stages."""
     entries = [stage.to_dict() for stage in stages]
     return yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, width=1 << 16)
 
 
-def default_recipe() -> list[Stage]:
+def default_recipe() -> list[Stage[Any]]:
     """Prune, quantize, distill: what runs where no recipe is given."""
     return parse_recipe(DEFAULT, "the default recipe")
 
 
-def _stage(node: yaml.Node, file: str) -> Stage:
+def _stage(node: yaml.Node, file: str) -> Stage[Any]:
     where = f"{file}:{node.start_mark.line + 1}"
     entries = _pairs(node, file) if isinstance(node, yaml.MappingNode) else []
     if len(entries) != 1:

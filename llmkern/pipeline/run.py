@@ -31,10 +31,10 @@ from llmkern.pipeline._directory import RunDirectory
 from llmkern.pipeline._order import order_warnings
 from llmkern.pipeline._peak import PeakMemory
 from llmkern.pipeline._shapes import read_shapes
-from llmkern.pipeline._stage import Context, Stage, source_of
 from llmkern.pipeline.measure import beginnings, file_bytes, measure, sensitivity
 from llmkern.pipeline.preflight import Preflight, check
 from llmkern.pipeline.recipe import dump_recipe
+from llmkern.pipeline.stages import Context, Stage, source_of
 from llmkern.report import PipelineReport, StageRecord, write_report
 
 ORIGINAL = "original"
@@ -87,7 +87,7 @@ class RunOptions:
 class Pipeline:
     """Stages to be run one after the other."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage[Any]]) -> None:
         """Keep the stages.
 
         Args:
@@ -163,7 +163,7 @@ class Pipeline:
 
 
 def _preflight(
-    stages: Sequence[Stage], origin: _Origin, options: RunOptions, output: Path | None
+    stages: Sequence[Stage[Any]], origin: _Origin, options: RunOptions, output: Path | None
 ) -> Preflight:
     return check(
         origin.model if origin.directory is None else origin.directory,
@@ -240,7 +240,7 @@ class _Origin:
 class _Run:
     """One call of `Pipeline.run`."""
 
-    stages: list[Stage]
+    stages: list[Stage[Any]]
     origin: _Origin
     where: RunDirectory
     options: RunOptions
@@ -357,7 +357,7 @@ class _Run:
         return record
 
     def _finished(
-        self, index: int, stage: Stage, about: dict[str, Any]
+        self, index: int, stage: Stage[Any], about: dict[str, Any]
     ) -> tuple[StageRecord, list[str]]:
         """A stage's record and notes, after doing it if that has not been done."""
         name = f"{index}-{stage.name}"
@@ -389,7 +389,7 @@ class _Run:
             self.where.write_record(partial, record, context.notes, about)
         return record, context.notes
 
-    def _drive(self, index: int, stage: Stage) -> tuple[Context, dict[str, Any], float]:
+    def _drive(self, index: int, stage: Stage[Any]) -> tuple[Context, dict[str, Any], float]:
         """Let a stage work on what the one before has left."""
         model, tokenizer = self._input(index)
         context = Context(

@@ -10,23 +10,23 @@ from typing import Any
 
 from torch import nn
 
-from llmkern._drive import sort_options
 from llmkern.calibrate.data import Source
+from llmkern.drive import find_method, sort_options
 from llmkern.prune import depth, glu, heads, magnitude, sparsegpt, taylor, wanda
 from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern
-from llmkern.prune._job import Job, Method
+from llmkern.prune._method import PruneJob, PruneMethod
 from llmkern.prune._report import PruneReport
 
-METHODS: dict[str, Method] = {
-    "sparsegpt": sparsegpt.METHOD,
-    "wanda": wanda.METHOD,
-    "magnitude": magnitude.METHOD,
-    "glu": glu.GLU,
-    "mlp": glu.MLP,
-    "heads": heads.METHOD,
-    "depth": depth.METHOD,
-    "taylor": taylor.METHOD,
-}
+METHODS: list[PruneMethod] = [
+    sparsegpt.METHOD,
+    wanda.METHOD,
+    magnitude.METHOD,
+    glu.GLU,
+    glu.MLP,
+    heads.METHOD,
+    depth.METHOD,
+    taylor.METHOD,
+]
 
 
 def prune(
@@ -52,7 +52,7 @@ def prune(
 
     Args:
         model: a causal language model in float32, bfloat16 or float16.
-        method: one of `METHODS`.
+        method: the name of one of `METHODS`.
         sparsity: for single weights: the fraction of each layer's weights to set to zero, in [0, 1).
         pattern: for single weights: n kept of every m along K, as "2:4" or (2, 4), 1 <= n < m <= 8.
         ratio: for whole structures (neurons, heads, blocks): the fraction of them to take out, in
@@ -87,32 +87,29 @@ def prune(
             its Hessian could not be factored; after an error in the middle, which layers were pruned.
     """
     start = time.perf_counter()
-    kinds = {name: kind.options for name, kind in METHODS.items()}
-    settings, data = sort_options(method, kinds, options)
-    kind = METHODS[method]
+    kind = find_method(METHODS, method)
+    settings, data = sort_options(kind, options)
     asked = {"sparsity": sparsity, "pattern": pattern, "ratio": ratio}
-    amount, described = sort_amount(method, kind, asked)
+    amount, described = sort_amount(kind, asked)
     report = PruneReport(method, described, dataclasses.asdict(settings))
     report.parameters_before = _parameters(model)
-    job = Job(model, settings, data, amount, dict(rules or {}), report, progress)
+    job = PruneJob(model, settings, data, amount, dict(rules or {}), report, progress)
     job.checkpoint, job.resume = checkpoint, resume
     job.calibration, job.tokenizer = calibration, tokenizer
     job.data_given = tuple(name for name in vars(data) if name in options)
-    kind.run(job)
+    kind.work.run(job)
     report.parameters_after = _parameters(model)
     report.seconds = time.perf_counter() - start + (job.journal.seconds if job.journal else 0.0)
     return report
 
 
-def sort_amount(
-    method: str, kind: Method, asked: dict[str, Any]
-) -> tuple[Amount | None, dict[str, Any]]:
+def sort_amount(kind: PruneMethod, asked: dict[str, Any]) -> tuple[Amount | None, dict[str, Any]]:
     """The amount that was asked for, checked, and its entry in the report."""
     given = {name: value for name, value in asked.items() if value is not None}
     for name, value in given.items():
         if name not in kind.amounts:
             raise ValueError(
-                f"{name}: got {value!r}, expected {' or '.join(kind.amounts)} for method {method!r}"
+                f"{name}: got {value!r}, expected {' or '.join(kind.amounts)} for method {kind.name!r}"
             )
     if len(given) > 1 or (kind.needs_amount and not given):
         raise ValueError(

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmkern._drive import Lines, Work, for_each_layer, layer_stage, plan_layers
-from llmkern.calibrate import ActivationNormStatistic, HessianStatistic, walk
+from llmkern.calibrate import ActivationNormStatistic, InputStatistic
+from llmkern.drive import (
+    EachLinear,
+    Findings,
+    Layer,
+    LayerRun,
+    Lines,
+    Needs,
+    Progress,
+    Shapes,
+    Tokens,
+    plan_layers,
+)
 from llmkern.masks import record_pruning, zero_fraction
-from llmkern.models.linears import dense_weight, write_weight
+from llmkern.models.linears import shape_of, write_weight
 from llmkern.patch import winning_pattern
 from llmkern.prune import owl
 from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern
-from llmkern.prune._job import Job
-from llmkern.prune._report import LayerReport, PrunedWeight
+from llmkern.prune._method import PruneJob, PruneWork
+from llmkern.prune._report import PrunedLayer, PrunedWeight
 from llmkern.prune._select import SCOPES
-
-InputStatistic = ActivationNormStatistic | HessianStatistic
-
-
-class Prune(Protocol):
-    """A method on one weight."""
-
-    def __call__(
-        self, weight: Tensor, amount: Amount, statistic: Any, options: Any
-    ) -> PrunedWeight:
-        """Prune weight [N, K]; `statistic` is None where no data was asked for."""
 
 
 @dataclass(frozen=True)
@@ -68,108 +67,116 @@ class LayerOptions:
                 raise ValueError(f"{name}: got {value}, expected a number in (0, {top})")
 
 
-def prune_layers(job: Job, *, prune: Prune, statistic: type[InputStatistic] | None) -> None:
-    """Prune every planned linear of `job.model`.
+@dataclass(frozen=True)
+class SingleWeights(PruneWork):
+    """Every planned linear loses single weights.
 
-    Args:
-        job: its amount is a sparsity or pattern, its options a `LayerOptions`.
-        prune: the method.
-        statistic: of each layer's inputs, for `prune`; None where it looks at the weights alone.
+    Attributes:
+        function: (layer, options) -> `PrunedWeight`; the layer's `wanted` is its amount.
+        statistic: class of what the function is told of each layer's inputs; None where it looks at the
+            weights alone.
     """
-    plan, shared = plan_pruning(job)
-    compensated = _compensated(job, plan)
-    if statistic is None and compensated:
-        statistic = ActivationNormStatistic
-    by_outliers = job.options.allocation == "owl"
-    if statistic is None and not by_outliers:
-        job.refuse_calibration(f"method {job.report.method!r} looks at the weights only here")
-    job.open_journal(calibrated=statistic is not None or by_outliers)
-    if by_outliers:
-        plan |= _by_outliers(job, shared)
-    with _work(job, plan) as work:
-        pruner = _Pruner(job, plan, compensated, prune, work)
-        if job.journal is not None:
-            lines = Lines(work, job.report.layers, LayerReport)
-            job.journal.note(lines.take, lines.give)
-        if statistic is None:
-            for_each_layer(job.model, plan.__contains__, pruner.apply, journal=job.journal)
-        else:
-            _walk(job, pruner, statistic)
+
+    function: Callable[[Layer, Any], PrunedWeight]
+    statistic: type[InputStatistic] | None = None
+
+    def needs(self, settings: LayerOptions) -> Needs:
+        """Tokens for a statistic, to share out a sparsity, and for biases where that is asked for."""
+        compensated = bool(getattr(settings, "bias_compensation", None))
+        by_outliers = settings.allocation == "owl"
+        return Needs(tokens=self.statistic is not None or by_outliers or compensated)
+
+    def nbytes(self, settings: LayerOptions, shapes: Shapes, tokens: Tokens) -> int:
+        """Copies of the largest weight, and its statistic."""
+        return EachLinear(self.function, self.statistic).nbytes(settings, shapes, tokens)
+
+    def after(self, job: PruneJob, shapes: Shapes, found: Findings) -> Shapes:
+        """The same shapes."""
+        plan_pruning(job)
+        found.left_alone(shapes.model, job.report.kept)
+        return shapes
+
+    def run(self, job: PruneJob) -> None:
+        """Prune; the job's amount is a sparsity or pattern, its options a `LayerOptions`."""
+        plan, shared = plan_pruning(job)
+        compensated = _compensated(job, plan)
+        statistic = self.statistic
+        if statistic is None and compensated:
+            statistic = ActivationNormStatistic
+        by_outliers = job.options.allocation == "owl"
+        if statistic is None and not by_outliers:
+            job.refuse_calibration(f"method {job.report.method!r} looks at the weights only here")
+        job.open_journal(calibrated=statistic is not None or by_outliers)
+        if by_outliers:
+            plan |= _by_outliers(job, shared)
+        with _progress(job, plan) as progress:
+            if job.journal is not None:
+                lines = Lines(progress, job.report.layers, PrunedLayer)
+                job.journal.note(lines.take, lines.give)
+            run = LayerRun(
+                model=job.model,
+                settings=job.options,
+                plan=plan,
+                driver=_Driver(job, compensated, progress),
+                progress=progress,
+                windows=None if statistic is None else job.windows(),
+                batch_size=job.data.batch_size,
+                journal=job.journal,
+            )
+            EachLinear(self.function, statistic).run(run)
 
 
-def _walk(job: Job, pruner: _Pruner, kind: type[InputStatistic]) -> None:
-    windows = job.windows()
-
-    def empty(weight: Tensor) -> InputStatistic:
-        return kind(weight.shape[1], tokens=windows.numel(), device=weight.device)
-
-    # Magnitude has no such option: its statistic only serves the biases.
-    sequential = getattr(job.options, "true_sequential", False)
-    stage = layer_stage(
-        pruner.work, pruner.plan.__contains__, empty, pruner.apply, sequential=sequential
-    )
-    walk(job.model, windows, stage, batch_size=job.data.batch_size, journal=job.journal)
-
-
-def _work(job: Job, plan: Mapping[str, Amount]) -> Work:
+def _progress(job: PruneJob, plan: Mapping[str, Amount]) -> Progress:
     """The progress bar; at the end the model's config says which layers have been pruned."""
 
     def record() -> None:
         lines = job.report.layers
         record_pruning(job.model, {line.name: line.pattern or line.sparsity for line in lines})
 
-    return Work("prune", "pruned", len(plan), progress=job.progress, record=record)
+    return Progress("prune", "pruned", len(plan), shown=job.progress, record=record)
 
 
-@dataclass(frozen=True)
-class _Pruner:
-    """Prunes planned layers one by one; keeps the report."""
+class _Driver:
+    """Writes pruned weights; keeps the report."""
 
-    job: Job
-    plan: Mapping[str, Amount]
-    compensated: frozenset[str]
-    prune: Prune
-    work: Work
+    def __init__(self, job: PruneJob, compensated: frozenset[str], progress: Progress) -> None:
+        self._job, self._compensated, self._progress = job, compensated, progress
+        self._shifted: set[str] = set()
 
-    def apply(
-        self, prefix: str, block: nn.Module, name: str, inputs: InputStatistic | None = None
-    ) -> None:
-        """Prune the linear `name` of a block."""
-        full = f"{prefix}.{name}"
-        start = time.perf_counter()
-        linear, amount = block.get_submodule(name), self.plan[full]
-        weight = dense_weight(linear)
-        with self.work.layer(full):
-            result = self.prune(weight, amount, inputs, self.job.options)
-            shift = None
-            if full in self.compensated and isinstance(inputs, ActivationNormStatistic):
-                shift = _mean_of_removed(weight, result.weight, inputs)
-            write_weight(linear, result.weight)
-            if shift is not None:
-                linear.get_parameter("bias").add_(shift)
+    def place(self, layer: Layer, result: PrunedWeight) -> None:
+        """Overwrite the weight, and let the bias take up the mean of what is gone."""
+        shift = None
+        if layer.name in self._compensated and hasattr(layer.statistic, "mean"):
+            shift = _mean_of_removed(layer.weight, result.weight, layer.statistic)
+        write_weight(layer.module, result.weight)
+        if shift is not None:
+            layer.module.get_parameter("bias").add_(shift)
+            self._shifted.add(layer.name)
+
+    def report(self, layer: Layer, result: PrunedWeight, seconds: float) -> None:
+        """Add the layer's line."""
         if not result.factored:
             warnings.warn(
-                f"{full}: pruned by a simpler method, because no token reached it or its Hessian could "
-                "not be factored at any damping",
+                f"{layer.name}: pruned by a simpler method, because no token reached it or its Hessian "
+                "could not be factored at any damping",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        N, K = weight.shape
-        self.job.report.layers.append(
-            LayerReport(
-                name=full,
-                shape=(N, K),
-                sparsity=zero_fraction(linear.get_parameter("weight")),
-                pattern=str(amount) if isinstance(amount, Pattern) else None,
+        self._job.report.layers.append(
+            PrunedLayer(
+                name=layer.name,
+                shape=shape_of(layer.module),
+                sparsity=zero_fraction(layer.module.get_parameter("weight")),
+                pattern=str(layer.wanted) if isinstance(layer.wanted, Pattern) else None,
                 loss=result.loss,
                 relative_loss=result.relative_loss,
                 damp=result.damp,
                 factored=result.factored,
-                bias_compensated=shift is not None,
-                seconds=time.perf_counter() - start,
+                bias_compensated=layer.name in self._shifted,
+                seconds=seconds,
             )
         )
-        self.work.finish(full, loss=f"{result.relative_loss:.2e}")
+        self._progress.finish(layer.name, loss=f"{result.relative_loss:.2e}")
 
 
 def _mean_of_removed(
@@ -181,7 +188,7 @@ def _mean_of_removed(
     return (before.float() - after.to(before.dtype).float()) @ inputs.mean()
 
 
-def plan_pruning(job: Job) -> tuple[dict[str, Amount], frozenset[str]]:
+def plan_pruning(job: PruneJob) -> tuple[dict[str, Amount], frozenset[str]]:
     """Amount of each layer to prune, all of it checked; and which layers no rule of their own names."""
     rules: dict[str, Amount | None] = {"*": job.amount}
     for glob, value in job.rules.items():
@@ -206,7 +213,7 @@ def plan_pruning(job: Job) -> tuple[dict[str, Amount], frozenset[str]]:
     return plan, frozenset(name for name in plan if winning_pattern(rules, name) == "*")
 
 
-def _by_outliers(job: Job, shared: frozenset[str]) -> dict[str, float]:
+def _by_outliers(job: PruneJob, shared: frozenset[str]) -> dict[str, float]:
     """Sparsity of each of the layers that share the one asked for."""
     assert isinstance(job.amount, float)
     return owl.allocate(
@@ -218,10 +225,10 @@ def _by_outliers(job: Job, shared: frozenset[str]) -> dict[str, float]:
     )
 
 
-def _check_patterns(asked: Mapping[str, tuple[int, Amount]]) -> None:
+def _check_patterns(asked: Mapping[str, tuple[tuple[int, int], Amount]]) -> None:
     bad = [
         (name, K, amount)
-        for name, (K, amount) in asked.items()
+        for name, ((_, K), amount) in asked.items()
         if isinstance(amount, Pattern) and K % amount.m
     ]
     if bad:
@@ -233,7 +240,7 @@ def _check_patterns(asked: Mapping[str, tuple[int, Amount]]) -> None:
         )
 
 
-def _compensated(job: Job, plan: Mapping[str, Amount]) -> frozenset[str]:
+def _compensated(job: PruneJob, plan: Mapping[str, Amount]) -> frozenset[str]:
     """Names of the planned layers whose bias is to take up the mean of what they lose."""
     wanted = getattr(job.options, "bias_compensation", False)
     if wanted is False:

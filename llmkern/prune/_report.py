@@ -32,7 +32,7 @@ class PrunedWeight:
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class PrunedLayer:
     """The line of one layer whose weights were pruned one by one.
 
     Attributes:
@@ -109,7 +109,7 @@ class PruneReport:
     parameters_before: int = 0
     parameters_after: int = 0
     outliers: dict[str, float] = field(default_factory=dict)
-    layers: list[LayerReport] = field(default_factory=list)
+    layers: list[PrunedLayer] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     widths: list[WidthReport] = field(default_factory=list)
     removed_blocks: list[int] = field(default_factory=list)

@@ -22,7 +22,7 @@ _CONSTANT = 1e-5
 IMPORTANCES = ("obs", "activation", "magnitude")
 
 
-class InputStatistic(HessianStatistic):
+class CentredStatistic(HessianStatistic):
     """Hessian and mean of a layer's inputs.
 
     A layer with a bias makes up for the mean of what it no longer reads by its bias, so that only the

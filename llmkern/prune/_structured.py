@@ -7,17 +7,19 @@ read them is adjusted.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmkern._drive import Lines, Work, check_values
 from llmkern.calibrate import Block, visit, walk
+from llmkern.drive import Findings, Lines, Needs, Progress, Shapes, Tokens, check_values
+from llmkern.drive.shapes import F32
 from llmkern.masks import kept_mask, record_pruning, recorded_layers, zero_fraction
 from llmkern.models import (
     Units,
@@ -36,61 +38,95 @@ from llmkern.models import (
 from llmkern.models.linears import bias_of, set_bias, set_weight, weight_rows
 from llmkern.prune._amount import Pattern
 from llmkern.prune._columns import adjusted, choose_units
-from llmkern.prune._job import Job
+from llmkern.prune._method import PruneJob, PruneWork
 from llmkern.prune._options import WidthOptions, one_of
 from llmkern.prune._report import WidthReport
-from llmkern.prune._scores import InputStatistic, activation, has_bias, magnitude, output_loss
+from llmkern.prune._scores import CentredStatistic, activation, has_bias, magnitude, output_loss
 from llmkern.prune._widths import Layer, allowed_counts, even_counts, multiple_of, uneven_counts
-from llmkern.prune.recovery import recover
+from llmkern.prune.recovery import recover, recovery_journal, recovery_nbytes
 
 Scores = dict[str, Tensor]  # full name of a layer -> importance of its units
 
 
-def prune_units(
-    job: Job,
-    kinds: Sequence[str],
-    *,
-    scores: Scores | None = None,
-    layers: list[Layer] | None = None,
-) -> None:
-    """Remove the least important units of the given kinds from every block of the model, in place.
+# Matrices [K, K] in float32 that live at once while columns are removed: H filled, centred, permuted, its
+# inverse, the part that stays and its factor.
+_COLUMN_HESSIANS = 7
 
-    Args:
-        job: its options are `WidthOptions`, its amount the fraction of the units that goes.
-        kinds: of units, see `Units.kind`; each block must have a layer of one of them.
-        scores: importance of the units of every layer, in place of `options.importance`.
-        layers: those that `find_layers` found, if it has been called already.
 
-    Raises:
-        ValueError: a block without such units, weights that cannot be worked on, a width that the
-            model class cannot be built with (all named, before the model is touched); NaN or Inf in
-            calibration activations.
+@dataclass(frozen=True)
+class UnitWork(PruneWork):
+    """The least important units of every block go, with all that makes and reads them.
+
+    Attributes:
+        kinds: (options) -> kinds of units, see `Units.kind`; each block must have a layer of one of them.
+        scores: (job, layers) -> importance of the units of every layer; None: by the option `importance`.
     """
+
+    kinds: Callable[[Any], tuple[str, ...]]
+    scores: Callable[[PruneJob, list[Layer]], Scores] | None = None
+
+    def needs(self, settings: WidthOptions) -> Needs:
+        """Tokens, but for magnitudes alone."""
+        return Needs(tokens=settings.calibrated, gradients=self.scores is not None)
+
+    def nbytes(self, settings: Any, shapes: Shapes, tokens: Tokens) -> int:
+        """Copies of the largest layer, and the matrices that its columns are chosen by."""
+        per_layer = 2 if not settings.calibrated else 3
+        hessians = _COLUMN_HESSIANS if settings.calibrated else 0
+        return max(
+            (per_layer * N * K + hessians * K * K) * F32 for N, K in shapes.linears().values()
+        )
+
+    def nbytes_after(self, settings: Any, after: Shapes, batch: int, tokens: Tokens) -> int:
+        """Of the recovery."""
+        return recovery_nbytes(settings, after, batch, tokens)
+
+    def nbytes_journal(self, settings: Any, after: Shapes, tokens: Tokens) -> int:
+        """The blocks, and the state of the recovery."""
+        blocks = super().nbytes_journal(settings, after, tokens)
+        return blocks + recovery_journal(settings, after)
+
+    def after(self, job: PruneJob, shapes: Shapes, found: Findings) -> Shapes:
+        """The widths that the ratio asks for, on average where only data will tell."""
+        return narrower(job, self.kinds(job.options), shapes, found)
+
+    def run(self, job: PruneJob) -> None:
+        """Remove the units.
+
+        Raises:
+            ValueError: a block without such units, weights that cannot be worked on, a width that the
+                model class cannot be built with (all named, before the model is touched); NaN or Inf in
+                calibration activations.
+        """
+        check_job(job)
+        layers = find_layers(job.model, self.kinds(job.options), job.options.round_to)
+        job.open_journal(calibrated=job.options.calibrated)
+        scores = {} if self.scores is None else self.scores(job, layers)
+        _prune_units(job, layers, scores)
+
+
+def _prune_units(job: PruneJob, layers: list[Layer], scores: Scores) -> None:
     model, options, report = job.model, job.options, job.report
-    check_job(job)
-    layers = layers or find_layers(model, kinds, options.round_to)
-    if job.journal is None:
-        job.open_journal(calibrated=options.calibrated)
-    plan = plan_widths(job, layers, scores)
+    plan = plan_widths(job, layers, scores or None)
     config = changed_config(model.config, {} if options.allow_uneven else plan.overrides)
     if options.allow_uneven:
         write_widths(config, plan.per_block)
     twins = find_blocks(skeleton(model, config)).modules
     report.notes += plan.notes
-    with Work("prune", "pruned", len(plan.counts), progress=job.progress) as work:
-        stage = _Stage(job, layers, plan.counts, scores or {}, twins, work)
+    with Progress("prune", "pruned", len(plan.counts), shown=job.progress) as progress:
+        thinner = _Thinner(job, layers, plan.counts, scores, twins, progress)
         if job.journal is not None:
-            job.journal.note(stage.take, stage.give)
+            job.journal.note(thinner.take, thinner.give)
         if options.calibrated:
             walk(
                 model,
                 job.windows(),
-                lambda block: stage(block.index, block.module, block),
+                lambda block: thinner(block.index, block.module, block),
                 batch_size=job.data.batch_size,
                 journal=job.journal,
             )
         else:
-            visit(model, lambda index, _, block: stage(index, block, None), journal=job.journal)
+            visit(model, lambda index, _, block: thinner(index, block, None), journal=job.journal)
     if options.allow_uneven:
         set_widths(model, plan.per_block)
     else:
@@ -106,7 +142,33 @@ def prune_units(
         )
 
 
-def check_job(job: Job) -> None:
+def narrower(job: PruneJob, kinds: Sequence[str], shapes: Shapes, found: Findings) -> Shapes:
+    """What is left of a model without data when units have gone; see `PruneWork.after`."""
+    model, options = shapes.model, job.options
+    try:
+        layers = find_layers(model, kinds, options.round_to, values=False)
+    except (RuntimeError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        found.warnings.append(
+            f"{type(model).__name__}: its widths cannot be planned before it is loaded ({reason})"
+        )
+        return shapes
+    evenly = dataclasses.replace(options, allow_uneven=False, keep_first=None, keep_last=None)
+    plan = plan_widths(dataclasses.replace(job, options=evenly), layers)
+    if options.allow_uneven:
+        found.notes.append("the blocks get widths of their own: only llmkern.load reads the result")
+    else:
+        found.notes += plan.notes
+    made = skeleton(model, changed_config(model.config, plan.overrides))
+    after = shapes.with_model(made.to(shapes.dtype))
+    if options.allow_uneven:
+        for layer in layers:
+            size = layer.units.columns.shape[1]
+            after.widths[layer.name] = tuple(count * size for count in layer.allowed)
+    return after
+
+
+def check_job(job: PruneJob) -> None:
     """Refuse what a method that removes neurons or heads has no use for.
 
     Raises:
@@ -180,7 +242,7 @@ class WidthPlan:
     notes: list[str]
 
 
-def plan_widths(job: Job, layers: list[Layer], scores: Scores | None = None) -> WidthPlan:
+def plan_widths(job: PruneJob, layers: list[Layer], scores: Scores | None = None) -> WidthPlan:
     """How many units each layer keeps, checked against what the model class can be built with."""
     model, options = job.model, job.options
     plan = WidthPlan({}, {}, [{} for _ in find_blocks(model).modules], [])
@@ -224,7 +286,7 @@ def _rounding(layers: list[Layer], counts: dict[str, int], options: WidthOptions
     return notes
 
 
-def _uneven(job: Job, layers: list[Layer], scores: Scores | None) -> dict[str, int]:
+def _uneven(job: PruneJob, layers: list[Layer], scores: Scores | None) -> dict[str, int]:
     """Units that each layer keeps, by a ranking of what their removal costs over all blocks."""
     model, options = job.model, job.options
     assert not isinstance(job.amount, Pattern)
@@ -260,7 +322,7 @@ def _uneven(job: Job, layers: list[Layer], scores: Scores | None) -> dict[str, i
     return counts
 
 
-def _costs(job: Job, layers: list[Layer], scores: Scores | None) -> Scores:
+def _costs(job: PruneJob, layers: list[Layer], scores: Scores | None) -> Scores:
     """For each layer what removing the next unit costs, [units], as a fraction of the whole."""
     if scores is not None:  # gradients are changes of the model's own loss: comparable as they are
         return {layer.name: scores[layer.name].sort().values for layer in layers}
@@ -277,7 +339,7 @@ def _costs(job: Job, layers: list[Layer], scores: Scores | None) -> Scores:
         return costs
     windows = job.windows()
 
-    def stage(block: Block) -> None:
+    def measure(block: Block) -> None:
         here = by_block.get(block.index, [])
         if not here:
             return
@@ -295,30 +357,30 @@ def _costs(job: Job, layers: list[Layer], scores: Scores | None) -> Scores:
             energy = output_loss(weight, torch.zeros_like(weight), H)[0]
             costs[layer.name] = cost / energy if energy > 0 else cost
 
-    walk(model, windows, stage, batch_size=job.data.batch_size)
+    walk(model, windows, measure, batch_size=job.data.batch_size)
     return costs
 
 
-def _statistic(block: Block, units: Units, tokens: int) -> InputStatistic:
+def _statistic(block: Block, units: Units, tokens: int) -> CentredStatistic:
     linear = block.module.get_submodule(units.consumer)
     K, device = weight_rows(linear).shape[1], weight_rows(linear).device
     (statistic,) = block.collect(
-        [(units.consumer,)], lambda group: InputStatistic(K, tokens=tokens, device=device)
+        [(units.consumer,)], lambda group: CentredStatistic(K, tokens=tokens, device=device)
     )
     return statistic
 
 
-class _Stage:
+class _Thinner:
     """Thins the layers of one block after the other."""
 
     def __init__(
         self,
-        job: Job,
+        job: PruneJob,
         layers: list[Layer],
         counts: dict[str, int],
         scores: Scores,
         twins: nn.ModuleList,
-        work: Work,
+        progress: Progress,
     ) -> None:
         self._job = job
         self._options = job.options
@@ -326,8 +388,8 @@ class _Stage:
         self._counts = counts
         self._scores = scores
         self._twins = twins
-        self._work = work
-        self._lines = Lines(work, job.report.widths, WidthReport)
+        self._progress = progress
+        self._lines = Lines(progress, job.report.widths, WidthReport)
 
     def __call__(self, index: int, module: nn.Module, block: Block | None) -> None:
         here = [layer for layer in self._layers if layer.block == index]
@@ -335,7 +397,7 @@ class _Stage:
             block.groups()
         for layer in here:
             start = time.perf_counter()
-            with self._work.layer(layer.name):
+            with self._progress.layer(layer.name):
                 loss, relative = self._thin(layer, module, block)
             # What follows in this block already runs with it.
             parent = layer.units.consumer.rpartition(".")[0]
@@ -352,7 +414,7 @@ class _Stage:
                     seconds=time.perf_counter() - start,
                 )
             )
-            self._work.finish(layer.name)
+            self._progress.finish(layer.name)
         adopt_settings(module, self._twins[index])
 
     def take(self, index: int) -> dict[str, Any]:

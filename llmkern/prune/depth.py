@@ -10,23 +10,25 @@ of what is left. A run that resumes scores again; only a recovery goes on from i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llmkern._drive import Work
 from llmkern.calibrate import Block, skipped, walk
+from llmkern.drive import Findings, Needs, Progress, Shapes, Tokens, fresh
 from llmkern.evaluate import evaluate
 from llmkern.masks import rename_recorded
 from llmkern.models import find_blocks, keep_blocks
-from llmkern.prune._job import Job, Method
+from llmkern.prune._method import PruneJob, PruneMethod, PruneWork
 from llmkern.prune._options import SizeOptions, one_of
-from llmkern.prune.recovery import recover
+from llmkern.prune.recovery import recover, recovery_journal, recovery_nbytes
 
 CRITERIA = ("cosine", "perplexity")
 
@@ -61,53 +63,7 @@ class DepthOptions(SizeOptions):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
 
 
-def depth(job: Job) -> None:
-    """Remove the decoder blocks of the model that matter least, in place.
-
-    Raises:
-        ValueError: more blocks than may go, a target that cannot be met, a model class that cannot be
-            built without the blocks that were chosen; the model is then as it was.
-    """
-    model, options = job.model, job.options
-    one_of(ratio=job.amount, target_params=options.target_params, blocks=options.blocks)
-    if job.rules:
-        raise ValueError(f"rules: got {dict(job.rules)}, expected none: whole blocks go")
-    total = len(find_blocks(model))
-    candidates = list(range(options.keep_first, total - options.keep_last))
-    count = count_removed(job, candidates)
-    # Which blocks go is only known when all is scored: of this a resumed run has nothing to go on from.
-    job.open_journal(calibrated=True)
-    removed: list[int] = []
-    rounds = (count if options.iterative else 1) if count else 0
-    with Work("prune", "scored", rounds, progress=job.progress) as work:
-        for _ in range(rounds):
-            work.say("score the blocks")
-            scores = _scores(job, candidates, removed)
-            chosen = sorted(scores, key=lambda index: scores[index])[: count // rounds]
-            removed += chosen
-            work.finish(", ".join(map(str, chosen)))
-    if removed:
-        kept = [index for index in range(total) if index not in removed]
-        keep_blocks(model, kept)
-        prefix = find_blocks(model).name
-        new: dict[str, str | None] = {f"{prefix}.{index}": None for index in removed} | {
-            f"{prefix}.{old}": f"{prefix}.{index}" for index, old in enumerate(kept)
-        }
-        rename_recorded(model, new)
-    job.report.removed_blocks = sorted(removed)
-    job.report.notes.append(f"{total - count} of {total} decoder blocks stay")
-    if options.recovery != "none":
-        job.report.recovery_loss = recover(
-            model,
-            job.windows(),
-            options,
-            batch_size=job.data.batch_size,
-            seed=job.data.seed,
-            journal=job.journal,
-        )
-
-
-def count_removed(job: Job, candidates: list[int]) -> int:
+def count_removed(job: PruneJob, candidates: list[int]) -> int:
     """How many of the candidates go."""
     model, options = job.model, job.options
     modules = find_blocks(model).modules
@@ -138,7 +94,7 @@ def count_removed(job: Job, candidates: list[int]) -> int:
     return count
 
 
-def _scores(job: Job, candidates: list[int], removed: list[int]) -> dict[int, float]:
+def _scores(job: PruneJob, candidates: list[int], removed: list[int]) -> dict[int, float]:
     """What each candidate that is still there contributes, by its index."""
     modules = find_blocks(job.model).modules
     left = [index for index in candidates if index not in removed]
@@ -161,11 +117,11 @@ def _skipping(modules: nn.ModuleList, gone: list[int]) -> Iterator[None]:
         yield
 
 
-def _influence(job: Job, removed: list[int]) -> dict[int, float]:
+def _influence(job: PruneJob, removed: list[int]) -> dict[int, float]:
     """1 - mean cosine of input and output of every block, those before it less the removed ones."""
     influence: dict[int, float] = {}
 
-    def stage(block: Block) -> None:
+    def measure(block: Block) -> None:
         if block.index in removed:
             return
         total, tokens = 0.0, 0
@@ -181,8 +137,90 @@ def _influence(job: Job, removed: list[int]) -> dict[int, float]:
 
     modules = find_blocks(job.model).modules
     with _skipping(modules, removed):
-        walk(job.model, job.windows(), stage, batch_size=job.data.batch_size)
+        walk(job.model, job.windows(), measure, batch_size=job.data.batch_size)
     return influence
 
 
-METHOD = Method(DepthOptions, ("ratio",), depth, needs_amount=False)
+class _Work(PruneWork):
+    """Whole blocks go."""
+
+    def needs(self, settings: DepthOptions) -> Needs:
+        """Tokens to score the blocks on."""
+        return Needs(tokens=True)
+
+    def nbytes(self, settings: DepthOptions, shapes: Shapes, tokens: Tokens) -> int:
+        """Logits, where perplexities are compared."""
+        return tokens.logits(shapes) if settings.criterion == "perplexity" else 0
+
+    def nbytes_after(self, settings: Any, after: Shapes, batch: int, tokens: Tokens) -> int:
+        """Of the recovery."""
+        return recovery_nbytes(settings, after, batch, tokens)
+
+    def nbytes_journal(self, settings: Any, after: Shapes, tokens: Tokens) -> int:
+        """The state of the recovery: of the scores there is nothing to keep."""
+        return recovery_journal(settings, after)
+
+    def after(self, job: PruneJob, shapes: Shapes, found: Findings) -> Shapes:
+        """As many blocks as will be left; any do for shapes, where the blocks are alike."""
+        total = len(find_blocks(shapes.model))
+        last = total - job.options.keep_last
+        count = count_removed(job, list(range(job.options.keep_first, last)))
+        made = fresh(shapes.model)
+        keep_blocks(made, [i for i in range(total) if not last - count <= i < last])
+        return dataclasses.replace(shapes, model=made, widths={})
+
+    def run(self, job: PruneJob) -> None:
+        """Remove the decoder blocks that matter least.
+
+        Raises:
+            ValueError: more blocks than may go, a target that cannot be met, a model class that cannot
+                be built without the blocks that were chosen; the model is then as it was.
+        """
+        model, options = job.model, job.options
+        one_of(ratio=job.amount, target_params=options.target_params, blocks=options.blocks)
+        if job.rules:
+            raise ValueError(f"rules: got {dict(job.rules)}, expected none: whole blocks go")
+        total = len(find_blocks(model))
+        candidates = list(range(options.keep_first, total - options.keep_last))
+        count = count_removed(job, candidates)
+        # Which blocks go is only known when all is scored: there is nothing to go on from before that.
+        job.open_journal(calibrated=True)
+        removed: list[int] = []
+        rounds = (count if options.iterative else 1) if count else 0
+        with Progress("prune", "scored", rounds, shown=job.progress) as bar:
+            for _ in range(rounds):
+                bar.say("score the blocks")
+                scores = _scores(job, candidates, removed)
+                chosen = sorted(scores, key=lambda index: scores[index])[: count // rounds]
+                removed += chosen
+                bar.finish(", ".join(map(str, chosen)))
+        if removed:
+            kept = [index for index in range(total) if index not in removed]
+            keep_blocks(model, kept)
+            prefix = find_blocks(model).name
+            new: dict[str, str | None] = {f"{prefix}.{index}": None for index in removed} | {
+                f"{prefix}.{old}": f"{prefix}.{index}" for index, old in enumerate(kept)
+            }
+            rename_recorded(model, new)
+        job.report.removed_blocks = sorted(removed)
+        job.report.notes.append(f"{total - count} of {total} decoder blocks stay")
+        if options.recovery != "none":
+            job.report.recovery_loss = recover(
+                model,
+                job.windows(),
+                options,
+                batch_size=job.data.batch_size,
+                seed=job.data.seed,
+                journal=job.journal,
+            )
+
+
+METHOD = PruneMethod(
+    name="depth",
+    about="whole decoder blocks",
+    options=DepthOptions,
+    amounts=("ratio",),
+    work=_Work(),
+    needs_amount=False,
+    compared={"depth 25 %": {"ratio": 0.25}},
+)

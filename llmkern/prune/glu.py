@@ -6,28 +6,28 @@ removed without changing what the others do.
 
 from __future__ import annotations
 
-from llmkern.prune._job import Job, Method
+from llmkern.prune._method import PruneMethod
 from llmkern.prune._options import WidthOptions
-from llmkern.prune._structured import prune_units
+from llmkern.prune._structured import UnitWork
 
+# Neurons of gated MLPs (gate, up, down; also with gate and up fused).
+GLU = PruneMethod(
+    name="glu",
+    about="neurons of gated MLPs, with their rows of gate and up and their column of down",
+    options=WidthOptions,
+    amounts=("ratio",),
+    work=UnitWork(lambda options: ("glu",)),
+    needs_amount=False,
+    compared={"glu 20 %": {"ratio": 0.2}},
+)
 
-def glu(job: Job) -> None:
-    """Remove neurons of gated MLPs (gate, up, down; also with gate and up fused) from every block.
-
-    Raises:
-        ValueError: a block has no gated MLP (named), and what `prune_units` raises.
-    """
-    prune_units(job, ("glu",))
-
-
-def mlp(job: Job) -> None:
-    """Remove neurons of the MLPs of every block, whether of two matrices or gated.
-
-    Raises:
-        ValueError: a block has no MLP of dense linears (named), and what `prune_units` raises.
-    """
-    prune_units(job, ("mlp", "glu"))
-
-
-GLU = Method(WidthOptions, ("ratio",), glu, needs_amount=False)
-MLP = Method(WidthOptions, ("ratio",), mlp, needs_amount=False)
+# Neurons of MLPs whether of two matrices or gated.
+MLP = PruneMethod(
+    name="mlp",
+    about="neurons of MLPs of any kind",
+    options=WidthOptions,
+    amounts=("ratio",),
+    work=UnitWork(lambda options: ("mlp", "glu")),
+    needs_amount=False,
+    compared={"mlp 20 %": {"ratio": 0.2}},
+)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from llmkern.calibrate import InputStatistic
+from llmkern.drive import Layer
 from llmkern.prune._amount import Amount
-from llmkern.prune._job import Method
-from llmkern.prune._layers import InputStatistic, LayerOptions, prune_layers
+from llmkern.prune._layers import LayerOptions, SingleWeights
+from llmkern.prune._method import PruneMethod
 from llmkern.prune._report import PrunedWeight
 from llmkern.prune._select import select
 
@@ -38,8 +39,19 @@ def magnitude(
     return PrunedWeight(w.masked_fill(~mask, 0.0), mask, loss, loss / total if total else 0.0)
 
 
-METHOD = Method(
+def _layer(layer: Layer, options: MagnitudeOptions) -> PrunedWeight:
+    return magnitude(layer.weight, layer.wanted, layer.statistic, options)
+
+
+METHOD = PruneMethod(
+    name="magnitude",
+    about="single weights: the smallest absolute values go, without data",
     options=MagnitudeOptions,
     amounts=("sparsity", "pattern"),
-    run=partial(prune_layers, prune=magnitude, statistic=None),
+    work=SingleWeights(_layer),
+    undecided={"bias_compensation": False},
+    compared={
+        "magnitude 2:4": {"pattern": "2:4"},
+        "magnitude 50 %": {"sparsity": 0.5},
+    },
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmkern.calibrate import ActivationNormStatistic, Block, walk
 from llmkern.models.linears import dense_weight
-from llmkern.prune._job import Job
+from llmkern.prune._method import PruneJob
 
 THRESHOLD = 5.0
 LAMBDA = 0.08
@@ -38,7 +38,7 @@ class _Outliers:
 
 
 def allocate(
-    job: Job, layers: frozenset[str], sparsity: float, threshold: float, spread: float
+    job: PruneJob, layers: frozenset[str], sparsity: float, threshold: float, spread: float
 ) -> dict[str, float]:
     """Sparsity of each layer, by the outliers of its block; the model is only read.
 
@@ -68,7 +68,7 @@ def allocate(
     found: dict[str, _Outliers] = {}
     members: dict[str, str] = {}
 
-    def stage(block: Block) -> None:
+    def count(block: Block) -> None:
         groups = [
             group
             for names in block.groups()
@@ -85,7 +85,7 @@ def allocate(
             found[block.name] = _outliers(block, groups, block.collect(groups, empty), threshold)
             members.update({f"{block.name}.{n}": block.name for group in groups for n in group})
 
-    walk(job.model, windows, stage, batch_size=job.data.batch_size)
+    walk(job.model, windows, count, batch_size=job.data.batch_size)
     job.report.outliers = {name: block.fraction for name, block in found.items()}
     by_block = _spread(found, sparsity, spread)
     return {name: by_block[block] for name, block in members.items()}

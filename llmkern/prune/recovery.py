@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from llmkern._journal import Journal
+from llmkern.calibrate.gradients import next_token_loss, only_trained
+from llmkern.drive import Journal, Shapes, Tokens
+from llmkern.drive.shapes import F32
 from llmkern.masks import MaskedParameters, pruned_layers
 from llmkern.models import block_linears, evaluation_mode, find_blocks
 from llmkern.models.linears import is_conv1d
@@ -102,26 +103,31 @@ class _NextToken(nn.Module):
         return {"loss": next_token_loss(self.model, tokens) * (predictions / num_items)}
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each token given those before it, in nats."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+def recovery_nbytes(options: RecoveryOptions, after: Shapes, batch: int, tokens: Tokens) -> int:
+    """Bytes at the peak of the training, weights included; 0 where there is none.
+
+    Args:
+        options: of the method.
+        after: the pruned model.
+        batch: windows per step.
+        tokens: of the calibration.
+    """
+    if options.recovery == "none":
+        return 0
+    held = sum(p.numel() for p in after.model.parameters())
+    passing = tokens.backward(after, batch)
+    if options.recovery == "lora":
+        return after.weights() + passing
+    return held * F32 + 3 * _inside(after) * F32 + passing  # gradient and two moments
 
 
-@contextmanager
-def only_trained(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients for `trained` alone; each parameter's own setting afterwards."""
-    settings = [(p, p.requires_grad) for p in model.parameters()]
-    for parameter, _ in settings:
-        parameter.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, setting in settings:
-            parameter.requires_grad_(setting)
-            parameter.grad = None
+def recovery_journal(options: RecoveryOptions, after: Shapes) -> int:
+    """Bytes on the disk of the training's newest state and the one being written."""
+    return 2 * 3 * F32 * _inside(after) if options.recovery == "full" else 0
+
+
+def _inside(after: Shapes) -> int:
+    return sum(p.numel() for p in find_blocks(after.model).modules.parameters())
 
 
 @contextmanager

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from llmkern.calibrate import HessianStatistic
 from llmkern.calibrate.statistics import relative_loss
+from llmkern.drive import Layer
 from llmkern.ops import obs_prune
 from llmkern.prune._amount import Amount, Pattern
-from llmkern.prune._job import Method
-from llmkern.prune._layers import LayerOptions, prune_layers
+from llmkern.prune._layers import LayerOptions, SingleWeights
+from llmkern.prune._method import PruneMethod
 from llmkern.prune._report import PrunedWeight
 from llmkern.prune.magnitude import magnitude
 
@@ -84,8 +84,18 @@ def sparsegpt(
     )
 
 
-METHOD = Method(
+def _layer(layer: Layer, options: SparseGptOptions) -> PrunedWeight:
+    return sparsegpt(layer.weight, layer.wanted, layer.statistic, options)
+
+
+METHOD = PruneMethod(
+    name="sparsegpt",
+    about="single weights: each removed weight's error is pushed onto the ones that stay (calibrates)",
     options=SparseGptOptions,
     amounts=("sparsity", "pattern"),
-    run=partial(prune_layers, prune=sparsegpt, statistic=HessianStatistic),
+    work=SingleWeights(_layer, HessianStatistic),
+    compared={
+        "sparsegpt 2:4": {"pattern": "2:4"},
+        "sparsegpt 50 %": {"sparsity": 0.5},
+    },
 )

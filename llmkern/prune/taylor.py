@@ -15,20 +15,23 @@ Source: Ma, Fang and Wang 2023, arXiv 2305.11697 (LLM-Pruner), section 3.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llmkern.models import evaluation_mode, find_blocks
+from llmkern.calibrate.gradients import loss_gradients
+from llmkern.drive import Shapes, Tokens
+from llmkern.drive.shapes import F32
+from llmkern.models import find_blocks
 from llmkern.models.linears import is_conv1d
-from llmkern.prune._job import Job, Method
+from llmkern.prune._method import PruneJob, PruneMethod
 from llmkern.prune._options import WidthOptions
-from llmkern.prune._structured import Scores, check_job, find_layers, prune_units
+from llmkern.prune._structured import Scores, UnitWork
 from llmkern.prune._widths import Layer
-from llmkern.prune.recovery import next_token_loss, only_trained
 
 TAYLORS = ("param_first", "param_second", "param_mix", "vectorize")
+_SECOND = ("param_second", "param_mix")
 PARTS = {"both": ("glu", "mlp", "attention"), "mlp": ("glu", "mlp"), "heads": ("attention",)}
 
 
@@ -59,23 +62,6 @@ class TaylorOptions(WidthOptions):
             raise ValueError(f"gradient_samples: got {self.gradient_samples}, expected at least 1")
 
 
-def taylor(job: Job) -> None:
-    """Remove neurons and heads from every block, those of the least Taylor importance.
-
-    Needs memory for the gradient of all linears of the blocks (twice with second-order terms).
-
-    Raises:
-        ValueError: what `prune_units` raises; a gradient that is NaN (the layer is named).
-    """
-    check_job(job)
-    options, kinds = job.options, PARTS[job.options.parts]
-    layers = find_layers(job.model, kinds, options.round_to)
-    job.open_journal(calibrated=True)
-    windows = job.windows()[: options.gradient_samples]
-    scores = taylor_scores(job.model, layers, windows, options.taylor)
-    prune_units(job, kinds, scores=scores, layers=layers)
-
-
 def taylor_scores(
     model: nn.Module, layers: list[Layer], windows: Tensor, kind: str = "param_first"
 ) -> Scores:
@@ -86,6 +72,9 @@ def taylor_scores(
         layers: as `find_layers` returns them.
         windows: int64 [n, seq_len]; the loss is the mean over all.
         kind: one of `TAYLORS`.
+
+    Raises:
+        ValueError: a gradient that is NaN (the layer is named).
     """
     blocks = find_blocks(model).modules
     linears = {
@@ -95,19 +84,7 @@ def taylor_scores(
         for linear in (blocks[layer.block].get_submodule(name),)
     }
     trained = [p for linear in linears.values() for p in linear.parameters()]
-    second = kind in ("param_second", "param_mix")
-    fisher = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in trained if second}
-    total = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in trained}
-    with only_trained(model, trained), evaluation_mode(model), torch.enable_grad():
-        for window in windows:
-            loss = next_token_loss(model, window[None].to(trained[0].device))
-            torch.autograd.backward(loss)
-            for p in trained:
-                if p.grad is not None:
-                    total[id(p)] += p.grad / len(windows)
-                    if second:
-                        fisher[id(p)] += p.grad.float().square() / len(windows)
-                    p.grad = None
+    total, fisher = loss_gradients(model, trained, windows, squares=kind in _SECOND)
     return {layer.name: _score(blocks[layer.block], layer, total, fisher, kind) for layer in layers}
 
 
@@ -138,4 +115,30 @@ def _score(
     return score
 
 
-METHOD = Method(TaylorOptions, ("ratio",), taylor, needs_amount=False)
+def _scores(job: PruneJob, layers: list[Layer]) -> Scores:
+    options = job.options
+    windows = job.windows()[: options.gradient_samples]
+    return taylor_scores(job.model, layers, windows, options.taylor)
+
+
+@dataclass(frozen=True)
+class _Work(UnitWork):
+    """Units by their Taylor importance: the gradient of all linears, twice with second-order terms."""
+
+    def nbytes(self, settings: Any, shapes: Shapes, tokens: Tokens) -> int:
+        """Of the gradients, or of what the columns are adjusted by."""
+        trained = sum(N * K for N, K in shapes.linears().values())
+        gradients = F32 * (2 if settings.taylor in _SECOND else 1) + shapes.dtype.itemsize
+        taken = trained * gradients + tokens.backward(shapes, 1)
+        return max(super().nbytes(settings, shapes, tokens), taken)
+
+
+METHOD = PruneMethod(
+    name="taylor",
+    about="neurons and heads, by the gradient of the model's loss",
+    options=TaylorOptions,
+    amounts=("ratio",),
+    work=_Work(lambda options: PARTS[options.parts], _scores),
+    needs_amount=False,
+    compared={"taylor 20 %": {"ratio": 0.2}},
+)

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from llmkern.calibrate import ActivationNormStatistic
+from llmkern.drive import Layer
 from llmkern.prune._amount import Amount
-from llmkern.prune._job import Method
-from llmkern.prune._layers import LayerOptions, prune_layers
+from llmkern.prune._layers import LayerOptions, SingleWeights
+from llmkern.prune._method import PruneMethod
 from llmkern.prune._report import PrunedWeight
 from llmkern.prune._select import select
 from llmkern.prune.magnitude import magnitude
@@ -63,8 +63,18 @@ def wanda(
     return PrunedWeight(w.masked_fill(~mask, 0.0), mask, loss, loss / total if total else 0.0)
 
 
-METHOD = Method(
+def _layer(layer: Layer, options: WandaOptions) -> PrunedWeight:
+    return wanda(layer.weight, layer.wanted, layer.statistic, options)
+
+
+METHOD = PruneMethod(
+    name="wanda",
+    about="single weights: absolute value times the norm of its input, without an update (calibrates)",
     options=WandaOptions,
     amounts=("sparsity", "pattern"),
-    run=partial(prune_layers, prune=wanda, statistic=ActivationNormStatistic),
+    work=SingleWeights(_layer, ActivationNormStatistic),
+    compared={
+        "wanda 2:4": {"pattern": "2:4"},
+        "wanda 50 %": {"sparsity": 0.5},
+    },
 )

@@ -1,46 +1,20 @@
-"""What quantizing gives back: one weight, one layer's line of the report, the report."""
+"""What quantizing gives back: one layer's line of the report, and the report."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
-class QuantizedWeight:
-    """One weight as a method leaves it.
-
-    Attributes:
-        codes: uint8 [N, K].
-        scales: [N, groups], in the dtype of the weight.
-        zeros: uint8 [N, groups], or None when symmetric.
-        loss: squared error that the method minimised, over all rows: (w - ŵ) H (w - ŵ)ᵀ where it has
-            a Hessian, |w - ŵ|² where it has none.
-        relative_loss: the loss as a fraction of w H wᵀ, or of |w|².
-        damp: fraction of H's mean diagonal that was added to it; None without a Hessian.
-        factored: False if there was a Hessian but rounding to nearest had to do instead.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    loss: float
-    relative_loss: float
-    damp: float | None
-    factored: bool
-
-
-@dataclass(frozen=True)
-class LayerReport:
+class QuantizedLayer:
     """One layer's line in the report.
 
     Attributes:
         name: full dotted name.
         shape: (N, K).
         bits, group_size, symmetric: its format; group_size = K for one scale per row.
-        loss, relative_loss, damp, factored: see `QuantizedWeight`.
+        loss, relative_loss, damp, factored: see `Result`.
         zeros: fraction of its weights that are exactly zero, those of a pruned layer among them.
         seconds: spent on this layer, factorization included where it was the first to need it.
     """
@@ -63,7 +37,7 @@ class QuantizeReport:
     """What `quantize` did.
 
     Attributes:
-        method: "gptq" or "rtn".
+        method: its name.
         options: the method's options, as used.
         tokens: calibration tokens, windows * window; 0 for a method that needs none.
         window: tokens per calibration window.
@@ -77,7 +51,7 @@ class QuantizeReport:
     options: dict[str, Any]
     tokens: int = 0
     window: int = 0
-    layers: list[LayerReport] = field(default_factory=list)
+    layers: list[QuantizedLayer] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from llmkern.calibrate.statistics import HessianStatistic, relative_loss
+from llmkern.drive import EachLinear, Layer
 from llmkern.formats.int4 import QuantFormat
 from llmkern.ops import obs_quantize
-from llmkern.quantize._report import QuantizedWeight
+from llmkern.quantize._formats import IntFormats
+from llmkern.quantize._method import QuantizedWeight, QuantizeMethod
 from llmkern.quantize.rtn import RtnOptions, rtn
 
 
@@ -106,3 +108,18 @@ def gptq(
         damp=result.damp,
         factored=result.factored,
     )
+
+
+def _layer(layer: Layer, options: GptqOptions) -> QuantizedWeight:
+    mask = layer.kept(options.keep_zeros)
+    return gptq(layer.weight, layer.wanted, layer.statistic, options, mask)
+
+
+METHOD = QuantizeMethod(
+    name="gptq",
+    about="each column's rounding error is pushed onto the columns still to be rounded (calibrates)",
+    options=GptqOptions,
+    formats=IntFormats(),
+    work=EachLinear(_layer, HessianStatistic),
+    compared={"gptq 4-bit": {"bits": 4}, "gptq 3-bit": {"bits": 3}},
+)

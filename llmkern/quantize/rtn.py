@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkern.drive import EachLinear, Layer
 from llmkern.formats.int4 import QuantFormat
 from llmkern.ops import round_to_nearest
-from llmkern.quantize._report import QuantizedWeight
+from llmkern.quantize._formats import IntFormats
+from llmkern.quantize._method import QuantizedWeight, QuantizeMethod
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,17 @@ def rtn(weight: Tensor, fmt: QuantFormat, options: RtnOptions) -> QuantizedWeigh
         damp=None,
         factored=True,
     )
+
+
+def _layer(layer: Layer, options: RtnOptions) -> QuantizedWeight:
+    return rtn(layer.weight, layer.wanted, options)
+
+
+METHOD = QuantizeMethod(
+    name="rtn",
+    about="every weight to the nearest point of its group's grid, without data",
+    options=RtnOptions,
+    formats=IntFormats(),
+    work=EachLinear(_layer),
+    compared={"rtn 4-bit": {"bits": 4}, "rtn 3-bit": {"bits": 3}},
+)

@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from llmkern.formats.lut4 import LutFormat
-from llmkern.models.linears import dense_weight
+from llmkern.drive import EachLinear, Layer
+from llmkern.masks import zero_fraction
 from llmkern.nn import Lut4Linear
-
-# Elements per scale that bitsandbytes takes by default.
-BLOCK_SIZE = 64
+from llmkern.quantize._formats import TableFormats
+from llmkern.quantize._method import QuantizedModule, QuantizeMethod, squared_error
 
 
 @dataclass(frozen=True)
@@ -23,15 +21,22 @@ class TableOptions:
     """NF4 and FP4 have no options beyond the block size, which is `quantize`'s group_size."""
 
 
-def table_linear(linear: nn.Module, fmt: LutFormat) -> tuple[Lut4Linear, float, float]:
-    """The packed layer, its squared error |w - ŵ|², and that as a fraction of |w|².
+def _layer(layer: Layer, options: TableOptions) -> QuantizedModule:
+    packed = Lut4Linear.from_format(layer.module, layer.wanted)
+    loss, relative = squared_error(layer.weight, packed.dequantize(torch.float32))
+    return QuantizedModule(packed, loss, relative, zeros=zero_fraction(packed.dequantize()))
 
-    Raises:
-        ValueError: NaN or Inf in the weight, or blocks that do not fit its rows.
-    """
-    weight = dense_weight(linear)
-    packed = Lut4Linear.from_linear(linear, fmt.codebook, fmt.block_size)
-    error = weight.float() - packed.dequantize(torch.float32)
-    loss = float(error.square_().sum(dtype=torch.float64))
-    total = float(weight.float().square().sum(dtype=torch.float64))
-    return packed, loss, loss / total if total else 0.0
+
+def _method(table: str, about: str) -> QuantizeMethod:
+    return QuantizeMethod(
+        name=table,
+        about=about,
+        options=TableOptions,
+        formats=TableFormats(table),
+        work=EachLinear(_layer),
+        compared={table: {}},
+    )
+
+
+NF4 = _method("nf4", "bitsandbytes' table of normal quantiles, without data")
+FP4 = _method("fp4", "bitsandbytes' 4-bit floats, without data")

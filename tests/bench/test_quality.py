@@ -8,13 +8,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from quality_variants import SUITES, Variant
 
 from llmkern import prune, quantize
-from llmkern._drive import sort_options
 from llmkern.assets import calibration_text
+from llmkern.drive import find_method, sort_options
 from llmkern.prune import METHODS as PRUNE
 from llmkern.quantize import METHODS as QUANTIZE
 
@@ -24,13 +25,10 @@ VARIANTS = [variant for suite in SUITES.values() for variant in suite]
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 def test_variant_is_a_call_that_its_driver_takes(variant: Variant) -> None:
-    kinds = {
-        "quantize": dict(QUANTIZE),
-        "prune": {name: method.options for name, method in PRUNE.items()},
-    }[variant.driver]
+    methods: Any = {"quantize": QUANTIZE, "prune": PRUNE}[variant.driver]
     direct = inspect.signature({"quantize": quantize, "prune": prune}[variant.driver]).parameters
     options = {k: v for k, v in variant.options.items() if k not in direct}
-    settings, _ = sort_options(variant.method, kinds, options)
+    settings, _ = sort_options(find_method(methods, variant.method), options)
     assert dataclasses.asdict(settings).keys() >= options.keys()
 
 

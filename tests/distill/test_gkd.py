@@ -11,7 +11,7 @@ from two_processes import run_in_two_processes
 
 import llmkern
 from llmkern.distill import GkdOptions, distill
-from llmkern.distill._plan import Job
+from llmkern.distill._plan import DistillJob
 from llmkern.distill.gkd import plan_gkd
 from llmkern.reference.kd_loss import kd_loss as plain
 from llmkern.train import Place, TrainOptions, _loop
@@ -24,7 +24,7 @@ def tokens(rows: int = 10, length: int = 12) -> torch.Tensor:
     return torch.randint(2, 16, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def job(**changes) -> Job:
+def job(**changes) -> DistillJob:
     fields = {
         "student": llama(seed=3),
         "teacher": llama().eval(),
@@ -36,7 +36,7 @@ def job(**changes) -> Job:
         "training": TrainOptions(),
         "progress": False,
     }
-    return Job(**fields | changes)
+    return DistillJob(**fields | changes)
 
 
 def train(method: str = "gkd", **changes):

@@ -10,7 +10,7 @@ import torch
 from tiny_models import WORDS, llama, words
 
 from llmkern.distill import InContextOptions, _answers, distill
-from llmkern.distill._plan import Job
+from llmkern.distill._plan import DistillJob
 from llmkern.distill.in_context import _Context, plan_in_context
 from llmkern.reference.kd_loss import kd_loss as plain
 from llmkern.train import TrainOptions
@@ -35,7 +35,7 @@ def pairs(tmp_path):
     return path
 
 
-def job(**changes) -> Job:
+def job(**changes) -> DistillJob:
     fields = {
         "student": llama(seed=3),
         "teacher": llama().eval(),
@@ -47,7 +47,7 @@ def job(**changes) -> Job:
         "training": TrainOptions(),
         "progress": False,
     }
-    return Job(**fields | changes)
+    return DistillJob(**fields | changes)
 
 
 def test_context_is_examples_then_the_prompt_in_its_template(examples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 import weakref
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llmkern
 from llmkern import assets
 from llmkern.cli import main
+from llmkern.drive import find_method
 from llmkern.pipeline import STAGES, PipelineReport, Quantize
 from llmkern.pipeline.compare import chosen_labels, compare, compared
 
@@ -56,7 +58,7 @@ def data() -> dict[str, Any]:
 
 def test_every_label_names_one_valid_stage() -> None:
     offered = compared()
-    assert len(offered) == sum(len(kind.compared) for kind in STAGES.values())
+    assert len(offered) == sum(len(kind.compared()) for kind in STAGES.values())
     for kind, options in offered.values():
         prompts = {"prompts": ["a"]} if "prompts" in options else {}
         stage = kind(**{**options, **prompts})
@@ -161,8 +163,9 @@ def test_one_copy_at_a_time(data: dict[str, Any], monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_a_driver_adds_appears(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    more = {**Quantize.compared, "rtn in groups of 32": {"method": "rtn", "group_size": 32}}
-    monkeypatch.setattr(Quantize, "compared", more)
+    rtn = find_method(Quantize.methods, "rtn")
+    more = dataclasses.replace(rtn, compared={"rtn in groups of 32": {"group_size": 32}})
+    monkeypatch.setitem(Quantize.methods, Quantize.methods.index(rtn), more)
     report = compare(tiny(), methods=["rtn in groups of 32"], **data)
     assert [record.label for record in report.stages] == ["original", "rtn in groups of 32"]
 

@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 import llmkern
 from llmkern.distill import make_student
+from llmkern.drive import Findings, Tokens
 from llmkern.evaluate import weight_bytes
 from llmkern.models.linears import find_linears
-from llmkern.pipeline import _needs, preflight
-from llmkern.pipeline._shapes import Findings, after_stage, read_shapes
-from llmkern.pipeline._stage import Stage
+from llmkern.pipeline import preflight
+from llmkern.pipeline._shapes import read_shapes
 from llmkern.pipeline.preflight import Preflight, check
-from llmkern.pipeline.stages import Distill, Prune, Quantize
+from llmkern.pipeline.stages import Distill, Prune, Quantize, Stage
 from llmkern.testing import TensorPeak
 
 VOCAB = 96
@@ -100,7 +100,7 @@ def driven(stage: Stage, model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.label)
 def test_shapes_are_those_that_the_driver_leaves(stage: Stage, tmp_path: Path) -> None:
     before, findings = read_shapes(config()), Findings()
-    after = after_stage(stage, before, before, findings)
+    after = stage.plan(before, before, findings)
     assert not findings.errors
     real = driven(stage, tiny())
     packed = {n for n, m in find_linears(real).items() if isinstance(m, llmkern.Int4Linear)}
@@ -115,9 +115,9 @@ def test_shapes_are_those_that_the_driver_leaves(stage: Stage, tmp_path: Path) -
     llmkern.save(real, tmp_path / "out")
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     header = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little")
-    assert _needs.on_disk(after) == pytest.approx(written - header, rel=0.03)
+    assert after.on_disk() == pytest.approx(written - header, rel=0.03)
     real(input_ids=TOKENS[:1])  # into the kernels' layout
-    assert _needs.weights(after) == pytest.approx(weight_bytes(real), rel=0.05)
+    assert after.weights() == pytest.approx(weight_bytes(real), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_other_architectures(model_type: str, method: str) -> None:
     options = {} if method == "heads" else {"round_to": 32}
     stage = Prune(method, ratio=0.5, **options)
     before, findings = read_shapes(config(model_type)), Findings()
-    after = after_stage(stage, before, before, findings)
+    after = stage.plan(before, before, findings)
     assert not findings.errors + findings.warnings
     real = driven(stage, tiny(model_type))
     assert {n: p.shape for n, p in after.model.named_parameters()} == {
@@ -139,7 +139,7 @@ def test_other_architectures(model_type: str, method: str) -> None:
 def test_shapes_of_a_student() -> None:
     before = read_shapes(config())
     stage = Distill("soft", student={"layers": [0, 3], "width": 0.5})
-    after = after_stage(stage, before, before, Findings())
+    after = stage.plan(before, before, Findings())
     real = make_student(tiny(), [0, 3], width=0.5)
     assert {n: p.shape for n, p in after.model.named_parameters()} == {
         n: p.shape for n, p in real.named_parameters()
@@ -366,8 +366,8 @@ def test_table_shows_everything() -> None:
 def test_memory_is_about_what_tensors_take(stage: Stage, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2}
     model, before = tiny(**shape), read_shapes(config(**shape))
-    after = after_stage(stage, before, before, Findings())
-    want = _needs.memory(stage, before, after, before, _needs.Tokens(*TOKENS.shape))
+    after = stage.plan(before, before, Findings())
+    want = stage.memory(before, after, before, Tokens(*TOKENS.shape))
     with TensorPeak(model) as watch:
         driven(stage, model)
     got = watch.most + weight_bytes(tiny(**shape))

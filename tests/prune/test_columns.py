@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmkern.models import Units
 from llmkern.prune._columns import adjusted, choose_units
-from llmkern.prune._scores import InputStatistic, output_loss
+from llmkern.prune._scores import CentredStatistic, output_loss
 
 N, K = 6, 12
 
@@ -74,7 +74,7 @@ def test_groups_of_columns_go_together(weight: Tensor) -> None:
 
 def test_centred_moments_are_those_of_the_deviations() -> None:
     x = (correlated() + 3).float()
-    statistic = InputStatistic(K, tokens=len(x))
+    statistic = CentredStatistic(K, tokens=len(x))
     statistic.update(x[:50].view(2, 25, K))
     statistic.update(x[50:])
     torch.testing.assert_close(statistic.mean(), x.mean(0), rtol=1e-4, atol=1e-4)

@@ -63,13 +63,13 @@ def test_blocks_that_do_nothing_go(
 
 
 def test_block_influence_is_one_minus_the_mean_cosine(tiny: Tiny, tokens: Tensor) -> None:
-    from llmkern._drive import DataOptions
+    from llmkern.drive import DataOptions
     from llmkern.prune import DepthOptions, PruneReport
-    from llmkern.prune._job import Job
+    from llmkern.prune._method import PruneJob
     from llmkern.prune.depth import _influence
 
     model = tiny("llama")
-    job = Job(
+    job = PruneJob(
         model,
         DepthOptions(blocks=1),
         DataOptions(batch_size=4),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import llmkern
+from llmkern.calibrate.gradients import next_token_loss
 from llmkern.models import find_blocks
 from llmkern.prune._structured import find_layers
-from llmkern.prune.recovery import next_token_loss
 from llmkern.prune.taylor import PARTS, TAYLORS, taylor_scores
 
 Tiny = Callable[..., nn.Module]

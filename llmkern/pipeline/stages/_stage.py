@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from llmkern._drive import DataOptions
 from llmkern.calibrate.data import Source
+from llmkern.drive import (
+    DataOptions,
+    Findings,
+    Method,
+    MethodWork,
+    Shapes,
+    Tokens,
+    find_method,
+    sort_options,
+)
 from llmkern.patch import expand_packed
 from llmkern.pipeline._options import check_names, class_options, nearest, plain
 
@@ -19,6 +29,9 @@ STATE = ("checkpoint", "resume")
 BUILTIN = "builtin"
 # Annotation of a stage's own source.
 SOURCE = str | list[str] | None
+
+
+_M = TypeVar("_M", bound=Method)
 
 
 @dataclass
@@ -56,23 +69,28 @@ class Context:
             self.notes.append(f"{len(expanded)} packed layers were expanded to dense ones {why}")
 
 
-class Stage:
+class Stage(Generic[_M]):
     """One step of a pipeline: a method and its options.
 
     Attributes:
         name: of the kind of stage, its key in a recipe.
-        methods: its methods.
-        compared: what a comparison shows of them: options of a stage, by label.
+        methods: its driver's list of methods.
         default: its method if none is given.
-        method: one of `methods`.
+        common: dataclass of the options that all of its methods share.
+        usual_samples: windows of the data, where the options do not say.
+        repeats: windows are drawn again where the data has fewer.
+        method: the name of one of `methods`, which is `kind`.
         options: the options that were given, checked, in the types of YAML and JSON.
     """
 
     name: ClassVar[str]
-    methods: ClassVar[Mapping[str, Any]]
-    compared: ClassVar[Mapping[str, Mapping[str, Any]]]
+    methods: ClassVar[Sequence[Any]]
     default: ClassVar[str]
+    common: ClassVar[Any] = DataOptions
+    usual_samples: ClassVar[int] = DataOptions.samples
+    repeats: ClassVar[bool] = True
     method: str
+    kind: _M
     options: dict[str, Any]
 
     def __init__(self, method: str | None = None, /, **options: Any) -> None:
@@ -88,10 +106,12 @@ class Stage:
                 out of range, a missing amount.
         """
         method = options.pop("method", self.default if method is None else method)
-        if not isinstance(method, str) or method not in self.methods:
-            known = nearest(str(method), self.methods)
-            raise ValueError(f"method: got {method!r}, {known}")
-        known_options = self._known(method)
+        names = [known.name for known in self.methods]
+        if method not in names:
+            raise ValueError(f"method: got {method!r}, {nearest(str(method), names)}")
+        kind = find_method(self.methods, method)
+        object.__setattr__(self, "kind", kind)
+        known_options = self._known(kind)
         check_names(options, known_options)
         checked = {
             name: plain(name, self._plainer(name, value), known_options[name])
@@ -146,12 +166,81 @@ class Stage:
         """Do it to `context.model`; the driver's report, ready for JSON."""
         raise NotImplementedError
 
+    def settings(self) -> tuple[Any, Any]:
+        """The options of the method and those that all methods share, as their dataclasses."""
+        return self._sorted(self.options)
+
+    def _sorted(self, options: Mapping[str, Any]) -> tuple[Any, Any]:
+        classes = (self.kind.options, self.common)
+        fields = {field.name for kind in classes for field in dataclasses.fields(kind)}
+        own = {name: value for name, value in options.items() if name in fields}
+        return sort_options(self.kind, own, self.common)
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether the model stays as it is and another takes its place."""
+        return False
+
+    @property
+    def keeps_packed(self) -> bool:
+        """Whether packed layers of the model may stay packed."""
+        return False
+
+    def plan(self, before: Shapes, original: Shapes, found: Findings) -> Shapes:
+        """The shapes that the stage leaves.
+
+        Args:
+            before: the model that it gets.
+            original: the model that the pipeline began with.
+            found: filled.
+
+        Raises:
+            ValueError, NotImplementedError: what its driver will refuse.
+        """
+        raise NotImplementedError
+
+    def memory(self, before: Shapes, after: Shapes, original: Shapes, tokens: Tokens) -> int:
+        """Bytes at the peak of the work.
+
+        Args:
+            before, after: the model that it gets and leaves.
+            original: the model that the pipeline began with.
+            tokens: of the stage's data.
+        """
+        settings, data = self.settings()
+        work: MethodWork = self.kind.work  # type: ignore[attr-defined]
+        dense = Shapes(before.model)
+        held, extra = dense.weights(), work.nbytes(settings, dense, tokens)
+        if not self.needs_calibration:
+            return held + extra
+        hidden = tokens.hidden(dense)
+        passing = tokens.activations(dense, data.batch_size)
+        # While a block is kept, its bytes and the hidden states' are there twice.
+        kept = hidden + dense.largest_block()
+        peak = held + hidden + max(extra + passing, kept)
+        return max(peak, work.nbytes_after(settings, after, data.batch_size, tokens))
+
+    def journal(self, after: Shapes, tokens: Tokens) -> int:
+        """Bytes that the state of the unfinished stage takes on disk, old and new."""
+        work: MethodWork = self.kind.work  # type: ignore[attr-defined]
+        return work.nbytes_journal(self.settings()[0], after, tokens)
+
+    @classmethod
+    def compared(cls) -> dict[str, dict[str, Any]]:
+        """What a comparison shows of the methods: options of a stage, its method among them, by label."""
+        return {
+            label: {"method": method.name, **options}
+            for method in cls.methods
+            for label, options in method.compared.items()
+        }
+
     @classmethod
     def takes(cls, method: str) -> frozenset[str]:
         """Names of the options of a method."""
-        return frozenset(cls.__new__(cls)._known(method))
+        return frozenset(cls._known(find_method(cls.methods, method)))
 
-    def _known(self, method: str) -> dict[str, Any]:
+    @classmethod
+    def _known(cls, method: _M) -> dict[str, Any]:
         """Annotation of each option of a method."""
         raise NotImplementedError
 

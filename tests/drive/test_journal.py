@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmkern
-from llmkern._journal import Journal, discard
 from llmkern.calibrate import HiddenStates
 from llmkern.cli.app import app
+from llmkern.drive.journal import Journal, discard
 from llmkern.train import _loop
 
 VOCAB, LAYERS = 96, 3
@@ -256,7 +256,7 @@ spec = importlib.util.spec_from_file_location("cases", sys.argv[1])
 cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cases)
 import torch
-import llmkern._files, llmkern._journal
+import llmkern._files, llmkern.drive.journal
 case, place, out, seed = sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5])
 
 def die():
@@ -276,8 +276,8 @@ def life(number):
     rng = random.Random(seed * 1000 + number)
     if number < 6:
         owner, name = [
-            (os, "replace"), (os, "fsync"), (llmkern._journal, "save_file"), (os, "unlink"),
-            (llmkern._journal, "sync_entry"), (os, "replace"),
+            (os, "replace"), (os, "fsync"), (llmkern.drive.journal, "save_file"), (os, "unlink"),
+            (llmkern.drive.journal, "sync_entry"), (os, "replace"),
         ][number]
         deadly(owner, name, rng.randint(1, 3))
     elif number < 10:

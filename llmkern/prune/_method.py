@@ -1,24 +1,23 @@
-"""One call of `prune`, as its method sees it; and what a method is."""
+"""What a pruning method is; and one call of `prune`, as its method sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from llmkern._drive import DataOptions
-from llmkern._journal import Journal, open_journal
 from llmkern.calibrate import load_windows
 from llmkern.calibrate.data import Source
+from llmkern.drive import DataOptions, Findings, Journal, Method, MethodWork, Shapes, open_journal
 from llmkern.prune._amount import Amount
 from llmkern.prune._report import PruneReport
 
 
 @dataclass
-class Job:
+class PruneJob:
     """What to do, and the report to fill.
 
     Attributes:
@@ -74,7 +73,7 @@ class Job:
             calibrated: the method reads the calibration windows.
 
         Raises:
-            ValueError: see `llmkern._journal.open_journal`.
+            ValueError: see `llmkern.drive.open_journal`.
         """
         asked = {
             "driver": "prune",
@@ -110,19 +109,38 @@ class Job:
             )
 
 
-@dataclass(frozen=True)
-class Method:
+class PruneWork(MethodWork):
+    """What a pruning method does to a model."""
+
+    def run(self, job: PruneJob) -> None:
+        """Check everything, then change `job.model` and fill `job.report`."""
+        raise NotImplementedError
+
+    def after(self, job: PruneJob, shapes: Shapes, found: Findings) -> Shapes:
+        """What it leaves of a model without data.
+
+        Args:
+            job: dry, on `shapes.model`.
+            shapes: dense, before it.
+            found: filled with warnings and notes; what will be refused is raised.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneMethod(Method):
     """A way to prune a model.
 
     Attributes:
-        options: dataclass of its options, which checks them when it is made.
         amounts: which of sparsity, pattern and ratio it takes; one of them must be given, unless
             `needs_amount` says otherwise.
-        run: does the work: checks everything, then changes `job.model` and fills `job.report`.
+        work: what is done.
         needs_amount: an amount must be given; False where options can say it in another way.
+        undecided: options whose default depends on whether there is data, and what they are in a recipe
+            that does not say.
     """
 
-    options: type
     amounts: tuple[str, ...]
-    run: Callable[[Job], None]
+    work: PruneWork
     needs_amount: bool = True
+    undecided: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,95 @@
+"""Which layers of the decoder blocks a driver changes, what each of them gets, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from llmkern.models import block_linears, find_blocks
+from llmkern.models.linears import shape_of
+from llmkern.ops._library import FLOATS
+from llmkern.patch import choose_linears, unmatched, warn_dense, winning_pattern
+
+_T = TypeVar("_T")
+
+
+def plan_layers(
+    model: nn.Module,
+    rules: Mapping[str, _T | None],
+    *,
+    what: str,
+    check: Callable[[Mapping[str, tuple[tuple[int, int], Any]]], None],
+    values: bool = True,
+) -> tuple[dict[str, _T], dict[str, str]]:
+    """What each linear inside the decoder blocks gets, and why each other linear gets nothing.
+
+    Args:
+        model: a causal language model.
+        rules: glob over full layer names -> what the layer gets, or None to leave it as it is; "*"
+            first, for all; the last pattern that matches decides.
+        what: the driver's name, for messages: "quantize".
+        check: called with the (N, K) of each layer and what it is to get, by name; raises ValueError
+            where that does not fit.
+        values: look at the weights' values; False for a model without data, of which only the shapes
+            count.
+
+    Returns:
+        What each layer gets, in the order of definition, and why the others get nothing.
+
+    Raises:
+        ValueError: no dense linear in the blocks, a pattern that matches none of them, whatever
+            `check` raises, a weight without data, of another dtype, or with NaN or Inf (named).
+
+    Warns:
+        UserWarning: matrices that the rules ask for and that no linear holds (experts).
+    """
+    blocks = find_blocks(model)
+    inside = {
+        f"{prefix}.{name}": linear
+        for prefix, block in blocks.items()
+        for name, linear in block_linears(block).items()
+    }
+    if not inside:
+        raise ValueError(f"model: got no dense linear in {blocks.name}, expected some to {what}")
+    for pattern in unmatched(rules, inside):
+        raise ValueError(
+            f"rules: got {pattern!r}, which matches no linear in {blocks.name}; they are named like "
+            f"{next(iter(inside))!r}"
+        )
+    asked = {}
+    for name, linear in inside.items():
+        winner = winning_pattern(rules, name)
+        wanted = None if winner is None else rules[winner]
+        if wanted is not None:
+            asked[name] = (shape_of(linear), wanted)
+    check(asked)
+    choice = choose_linears(model, rules, lambda wanted, shape: None)
+    left = dict(choice.left)
+    plan = {}
+    for name, wanted in choice.replaced.items():
+        if name in inside:
+            if values:
+                check_values(name, inside[name])
+            plan[name] = wanted
+        else:
+            left[name] = f"outside the decoder blocks ({blocks.name})"
+    warn_dense(what, {name: left[name] for name in choice.unexpected})
+    return plan, left
+
+
+def check_values(name: str, linear: nn.Module) -> None:
+    """Refuse a linear whose weight a method cannot work on.
+
+    Raises:
+        ValueError: the weight has no data, is of another dtype than float32, bfloat16 or float16, or
+            holds NaN or Inf; names the layer.
+    """
+    weight = linear.get_parameter("weight")
+    if weight.is_meta or weight.dtype not in FLOATS:
+        kind = "a weight without data" if weight.is_meta else f"a {weight.dtype} weight"
+        raise ValueError(f"{name}: got {kind}, expected float32, bfloat16 or float16")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name}: its weight holds NaN or Inf, expected finite numbers")
