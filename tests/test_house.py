@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "ops": {"_backends", "formats", "reference", "triton_kernels"},
     "triton_kernels": set(),
     "nn": {"_backends", "formats", "models", "ops"},
-    "patch": {"formats", "models", "nn", "ops"},
+    "wire": {"formats", "models", "nn"},
+    "patch": {"formats", "models", "nn", "wire"},
     "assets": set(),
     "models": set(),
     "_memory": {"_backends"},
@@ -50,7 +51,7 @@ MAY_IMPORT = {
         "models",
         "nn",
         "ops",
-        "patch",
+        "wire",
     },
     "prune": {
         "_drive",
@@ -99,6 +100,7 @@ MAY_IMPORT = {
         "quantize",
         "report",
         "train",
+        "wire",
     },
     "testing": {"formats", "ops", "reference"},
 }

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmkern.formats.bitsandbytes import Lut4Weight
+from llmkern.formats.lut4 import Lut4Weight
 
 _SPARSE = ("rows", "cols", "vals", "full_rows", "full_row_indices")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,8 +11,7 @@ from llmkern.formats.int4 import unpack_codes, unpack_zeros
 from llmkern.formats.sparse24 import FLOATS, is_sparse24
 from llmkern.models.heads import shared_weights
 from llmkern.nn import Int4Linear, Sparse24Int4Linear, Sparse24Linear
-
-Replacement = TypeVar("Replacement", bound=nn.Module)
+from llmkern.wire._replace import like
 
 # Fewer zeros than this, and a weight that happens to fit the pattern is no pruned one.
 LEAST_SPARSITY = 0.45
@@ -101,18 +99,6 @@ def _sparse(module: nn.Module) -> nn.Module | None:
         dtype=module.dtype,
     )
     return like(module, layer)
-
-
-def like(module: nn.Module, layer: Replacement) -> Replacement:
-    """`layer` in the mode and with the hooks of the module that it replaces."""
-    layer.train(module.training)
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        # A model spread over devices moves activations between them in these hooks.
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(layer, hook)
-    return layer
 
 
 def _steps(module: Int4Linear, packed: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:

@@ -189,7 +189,7 @@ class Sparse24Int4Linear(Int4Linear):
             tensors = (pack_codes(codes, 4), scales, zeros, self.weight_shape)
         return dict(zip(self._FILE_BUFFERS, tensors, strict=True))
 
-    def _load_from_state_dict(
+    def _load_own(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -200,7 +200,7 @@ class Sparse24Int4Linear(Int4Linear):
         error_msgs: list[str],
     ) -> None:
         before = len(error_msgs)
-        super()._load_from_state_dict(
+        super()._load_own(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         loaded = prefix + "weight_packed" in state_dict and len(error_msgs) == before

@@ -45,6 +45,7 @@ class Sparse24Linear(PackedLinear):
         ValueError: in_features is no multiple of 8, or another dtype.
     """
 
+    WRITTEN_DENSE = True
     _FILE_BUFFERS = ("weight_values", "weight_meta")
     _REPACKED_BUFFERS = ("weight_values", "weight_meta")
     _KERNEL_BUFFERS = ("_values", "_meta")
@@ -194,7 +195,7 @@ class Sparse24Linear(PackedLinear):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _load_from_state_dict(
+    def _load_own(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -217,7 +218,7 @@ class Sparse24Linear(PackedLinear):
             if strict:
                 missing_keys.append(prefix + "weight")
         own |= zip((prefix + name for name in self._FILE_BUFFERS), parts, strict=True)
-        super()._load_from_state_dict(
+        super()._load_own(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 

@@ -25,7 +25,6 @@ from llmkern.distill._student import _chosen
 from llmkern.evaluate import weight_bytes
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
-from llmkern.hf.checkpoint_files import CheckpointFiles, read_checkpoint
 from llmkern.models import block_linears, changed_config, find_blocks, keep_blocks, skeleton
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.heads import tied_embedding
@@ -45,6 +44,7 @@ from llmkern.prune.taylor import PARTS
 from llmkern.quantize import METHODS as QUANTIZE_METHODS
 from llmkern.quantize._driver import check_groups, choose_format, plan_formats
 from llmkern.train import TrainOptions
+from llmkern.wire.checkpoint_files import CheckpointFiles, read_checkpoint
 
 _KINDS = {"glu": ("glu",), "mlp": ("mlp", "glu"), "heads": ("attention",)}
 # What each driver's methods are, for `sort_options`.

@@ -23,11 +23,11 @@ from llmkern.masks import kept_mask, recorded_layers, zero_fraction
 from llmkern.models.linears import dense_weight
 from llmkern.nn import Int4Linear
 from llmkern.nn.int4_linear import BITS
-from llmkern.patch import record_formats
 from llmkern.quantize._report import LayerReport, QuantizedWeight, QuantizeReport
 from llmkern.quantize.gptq import GptqOptions, gptq
 from llmkern.quantize.rtn import RtnOptions, rtn
 from llmkern.quantize.tables import BLOCK_SIZE, TableOptions, table_linear
+from llmkern.wire import record_formats
 
 METHODS: dict[str, type] = {
     "gptq": GptqOptions,

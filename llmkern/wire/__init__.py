@@ -1,0 +1,23 @@
+"""Checkpoint formats: one file and one entry of `WIRES` each."""
+
+from llmkern.wire._wire import Reader, TakenOver, Wire
+from llmkern.wire.wires import (
+    WIRES,
+    packed_layers,
+    reading_wire,
+    record_formats,
+    use_wire,
+    writing_wire,
+)
+
+__all__ = [
+    "WIRES",
+    "Reader",
+    "TakenOver",
+    "Wire",
+    "packed_layers",
+    "reading_wire",
+    "record_formats",
+    "use_wire",
+    "writing_wire",
+]
