@@ -6,6 +6,8 @@ What a checkpoint holds of one linear layer:
     lookup_table  float [N, 16]        one book per row of w; no scales
     rows, cols, vals                   outliers as a sparse matrix, added to the above
     full_rows, full_row_indices        some whole input rows, likewise
+
+For tensors that a caller has read: SqueezeLLM's files are pickles, so `llmkern.load` does not open them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from llmkern.formats.int4 import unpack_codes, unpack_zeros
 from llmkern.formats.sparse24 import FLOATS, is_sparse24
 from llmkern.models.heads import shared_weights
 from llmkern.nn import Int4Linear, Sparse24Int4Linear, Sparse24Linear
-from llmkern.wire._replace import like
+from llmkern.wire.replace import like
 
 # Fewer zeros than this, and a weight that happens to fit the pattern is no pruned one.
 LEAST_SPARSITY = 0.45
@@ -98,6 +98,7 @@ def _sparse(module: nn.Module) -> nn.Module | None:
         format=module.format,
         dtype=module.dtype,
     )
+    layer.file_form = module.file_form
     return like(module, layer)
 
 

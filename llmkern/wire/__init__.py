@@ -1,6 +1,8 @@
 """Checkpoint formats: one file and one entry of `WIRES` each."""
 
 from llmkern.wire._wire import Reader, TakenOver, Wire
+from llmkern.wire.pending import fill_pending, leave_pending
+from llmkern.wire.replace import like
 from llmkern.wire.wires import (
     WIRES,
     packed_layers,
@@ -15,6 +17,9 @@ __all__ = [
     "Reader",
     "TakenOver",
     "Wire",
+    "fill_pending",
+    "leave_pending",
+    "like",
     "packed_layers",
     "reading_wire",
     "record_formats",

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from llmkern.formats.lut4 import BLOCK_SIZES, CODEBOOKS, codebook_name
 from llmkern.models.experts import find_expert_matrices
 from llmkern.nn import Lut4Linear, PackedLinear
-from llmkern.wire._pending import fill_pending, leave_pending
-from llmkern.wire._replace import like
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
+from llmkern.wire.pending import fill_pending, leave_pending
+from llmkern.wire.replace import like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,10 +16,10 @@ from llmkern.formats.int4 import QuantFormat, pack_codes
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.linears import is_conv1d, shape_of
 from llmkern.nn import Int4Linear, PackedLinear, is_packed
-from llmkern.wire._replace import like
 from llmkern.wire._scheme import FORMAT, Scheme, read_scheme, weights_format
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
+from llmkern.wire.replace import like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
