@@ -54,7 +54,7 @@ class Source:
         """int64 [K]: columns of one value are made by one feature (the query heads of a key/value head),
         so that their scales must be equal; None where each column has a feature of its own.
         """
-        return None if len(self.rows.unique()) == len(self.rows) else self.rows
+        return None if len(torch.unique(self.rows)) == len(self.rows) else self.rows
 
 
 def find_sources(

@@ -73,6 +73,15 @@ class PackedLinear(nn.Linear):
         """
         raise NotImplementedError
 
+    @classmethod
+    def from_pattern(cls, linear: nn.Module) -> PackedLinear | None:
+        """The module for a linear whose weight has, by its values, the pattern that this one is for.
+
+        Returns:
+            None where it has not, and always by default.
+        """
+        return None
+
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `from_stored` needs of this layer beside its bias; the layer stays as it is.
 
