@@ -11,16 +11,12 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from llmkern.formats import FORMATS, WeightFormat
-from llmkern.formats.bitsandbytes import describe_model
-from llmkern.formats.compressed_tensors import describe_formats
 from llmkern.formats.int4 import QuantFormat
-from llmkern.formats.lut4 import BLOCK_SIZES, codebook_name
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.heads import is_head, is_router, shared_weights
 from llmkern.models.linears import find_linears, is_conv1d, shape_of
 from llmkern.nn import PackedLinear, is_packed, packed_class
-from llmkern.nn.int4_linear import Int4Linear
-from llmkern.nn.lut4_linear import Lut4Linear
+from llmkern.wire import record_formats
 
 Format = WeightFormat
 Rule = Format | Mapping[str, Format | None]
@@ -157,76 +153,6 @@ def unmatched(rules: Mapping[str, object], names: Collection[str]) -> list[str]:
 def winning_pattern(rules: Mapping[str, object], name: str) -> str | None:
     """The pattern that decides about the module `name`: the last that matches, or None."""
     return next((p for p in reversed(list(rules)) if fnmatchcase(name, p)), None)
-
-
-def record_formats(model: nn.Module) -> None:
-    """Write the formats of the model's packed linears into its config, as checkpoints do.
-
-    transformers' own `save_pretrained` then writes a directory that loads. A model without a
-    transformers config is left alone; where no checkpoint can hold the formats, the config has none.
-    """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return
-    try:
-        config.quantization_config = quantization_config(model)
-    except ValueError:
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-
-
-def quantization_config(model: nn.Module) -> dict[str, object]:
-    """`quantization_config` of the model as it is now: compressed-tensors' or bitsandbytes'.
-
-    Raises:
-        ValueError: neither can hold the model's layers; says which and what to do.
-    """
-    formats, tables, dense = {}, {}, []
-    for name, module in find_linears(model).items():
-        if isinstance(module, Int4Linear):
-            formats[name] = module.format
-        elif isinstance(module, Lut4Linear):
-            tables[name] = module
-        else:
-            dense.append(name)
-    if tables:
-        if formats:
-            raise ValueError(
-                f"model: got {next(iter(formats))} (Int4Linear) beside {next(iter(tables))} "
-                "(Lut4Linear), expected one kind: no checkpoint format holds both; patch the model with "
-                "QuantFormat rules only, or LutFormat rules only, and save it again"
-            )
-        return describe_model(_common_table(tables), next(iter(tables.values())).dtype, dense)
-    # Readers that unfuse the experts look each one up by its own name.
-    dense += [f"re:{name}.*" for name in find_expert_matrices(model)]
-    return describe_formats(formats, dense)
-
-
-def _common_table(layers: Mapping[str, Lut4Linear]) -> str:
-    """ "nf4" or "fp4", which all layers have as a bitsandbytes checkpoint needs it."""
-    first: tuple[str, str] | None = None
-    for name, layer in layers.items():
-        kind = codebook_name(layer.codebook)
-        if kind is None or not layer.scaled:
-            raise ValueError(
-                f"{name}: got a book of its own or no scales, expected the NF4 or FP4 table: no "
-                "checkpoint format holds others; save the state_dict with torch.save, or quantize the "
-                "layer with a LutFormat"
-            )
-        if layer.block_size not in BLOCK_SIZES:
-            raise ValueError(
-                f"{name}: got blocks of {layer.block_size}, expected one of {BLOCK_SIZES}: bitsandbytes "
-                "has no other; quantize the layer with a LutFormat"
-            )
-        first = first or (name, kind)
-        if kind != first[1]:
-            raise ValueError(
-                f"model: got {first[0]} in {first[1]} beside {name} in {kind}, expected one table: a "
-                "bitsandbytes checkpoint names one for all; patch the model with one of them and save it "
-                "again"
-            )
-    assert first is not None
-    return first[1]
 
 
 def expand_packed(model: nn.Module) -> list[str]:

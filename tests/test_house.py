@@ -39,12 +39,13 @@ MAY_IMPORT = {
     "env": {"_backends", "_version", "formats", "ops"},
     "testing": {"formats", "ops", "reference"},
     "nn": {"_backends", "formats", "models", "ops"},
-    "patch": {"formats", "models", "nn"},
+    "patch": {"formats", "models", "nn", "wire"},
     "masks": {"models"},
     "train": {"_files"},
     "calibrate": {"assets", "models", "ops"},
     "evaluate": {"calibrate", "models", "nn"},
-    "hf": {"_files", "formats", "models", "nn", "patch"},
+    "wire": {"formats", "models", "nn"},
+    "hf": {"_files", "formats", "models", "nn", "patch", "wire"},
     "drive": {
         "_files",
         "_version",
@@ -56,7 +57,7 @@ MAY_IMPORT = {
         "ops",
         "patch",
     },
-    "quantize": {"calibrate", "drive", "formats", "masks", "models", "nn", "ops", "patch"},
+    "quantize": {"calibrate", "drive", "formats", "masks", "models", "nn", "ops", "wire"},
     "prune": {"calibrate", "drive", "evaluate", "masks", "models", "ops", "patch", "train"},
     "distill": {
         "calibrate",
@@ -88,6 +89,7 @@ MAY_IMPORT = {
         "quantize",
         "report",
         "train",
+        "wire",
     },
 }
 

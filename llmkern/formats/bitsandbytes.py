@@ -12,20 +12,22 @@ What a checkpoint holds of one linear layer, by the name that follows the module
                                           and, when nested, nested_blocksize, nested_dtype, nested_offset
 
 Nested scales are decoded when read, absmax = nested_quant_map[code] * nested_absmax + nested_offset, and
-written plain. Checked against bitsandbytes 0.50.2.
+written plain. The rest of a checkpoint is in `llmkern.wire.bitsandbytes`. Checked against bitsandbytes
+0.50.2.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmkern.formats.lut4 import (
     CODEBOOKS,
+    Lut4Weight,
     block_scales,
     check_codebook,
     codebook_name,
@@ -33,28 +35,7 @@ from llmkern.formats.lut4 import (
     group_size_of,
 )
 
-METHOD = "bitsandbytes"
 _STATE = "quant_state.bitsandbytes__"
-
-
-class Lut4Weight(NamedTuple):
-    """A weight in the canonical layout of `llmkern.formats.lut4`.
-
-    Attributes:
-        qweight: int32 [N, K/8].
-        codebook: float32 [16], [N, 16] or [N, K/group_size, 16].
-        scales: float [N, K/group_size], or None.
-        group_size: K-elements per scale.
-        block_size: elements of the flattened weight per stored scale; None where it has no meaning.
-        dtype: of the weight before it was quantized.
-    """
-
-    qweight: Tensor
-    codebook: Tensor
-    scales: Tensor | None
-    group_size: int
-    block_size: int | None
-    dtype: torch.dtype
 
 
 def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> Lut4Weight:
@@ -133,29 +114,6 @@ def to_bitsandbytes(weight: Lut4Weight) -> dict[str, Tensor]:
         f"weight.{_STATE}{kind}": torch.tensor(
             list(json.dumps(state).encode()), dtype=torch.uint8, device=weight.qweight.device
         ),
-    }
-
-
-def describe_model(kind: str, dtype: torch.dtype, dense: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of a model of such weights, as transformers reads it.
-
-    Args:
-        kind: "nf4" or "fp4".
-        dtype: to compute in.
-        dense: full names of the linear modules that are not quantized.
-
-    Returns:
-        A JSON-serialisable dict.
-    """
-    return {
-        "quant_method": METHOD,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": kind,
-        "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted(dense),
     }
 
 

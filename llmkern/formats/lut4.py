@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,6 +139,26 @@ class CodebookFormat:
             ValueError: the group size does not divide K.
         """
         return groups_of(self.group_size, K)
+
+
+class Lut4Weight(NamedTuple):
+    """A weight in the canonical layout.
+
+    Attributes:
+        qweight: int32 [N, K/8].
+        codebook: float32 [16], [N, 16] or [N, K/group_size, 16].
+        scales: float [N, K/group_size], or None.
+        group_size: K-elements per scale.
+        block_size: elements of the flattened weight per stored scale; None where it has no meaning.
+        dtype: of the weight before it was quantized.
+    """
+
+    qweight: Tensor
+    codebook: Tensor
+    scales: Tensor | None
+    group_size: int
+    block_size: int | None
+    dtype: torch.dtype
 
 
 def codebook_name(codebook: Tensor) -> str | None:

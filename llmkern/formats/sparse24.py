@@ -36,6 +36,8 @@ from torch import Tensor
 from llmkern.formats.int4 import pack_codes, unpack_codes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Fewer zeros than this, and a weight that happens to fit the pattern is no pruned one.
+LEAST_SPARSITY = 0.45
 # The nibble of each set of kept columns, as bits of the index: 0b0011 keeps columns 0 and 1.
 _NIBBLES = {0b0011: 0x4, 0b0101: 0x8, 0b0110: 0x9, 0b1001: 0xC, 0b1010: 0xD, 0b1100: 0xE}
 NIBBLES = tuple(_NIBBLES.values())
@@ -175,6 +177,15 @@ def is_sparse24(w: Tensor) -> bool:
     if w.dim() != 2 or w.shape[1] % 8:
         return False
     return bool(((w != 0).view(len(w), w.shape[1] // 4, 4).sum(-1, dtype=torch.uint8) <= 2).all())
+
+
+def is_pruned24(w: Tensor) -> bool:
+    """Whether a matrix, float or uint8, is 2:4 sparse with as many zeros as pruning leaves."""
+    if w.is_meta or w.numel() == 0 or (w.dtype not in FLOATS and w.dtype != torch.uint8):
+        return False
+    if int((w == 0).sum()) < LEAST_SPARSITY * w.numel():
+        return False
+    return is_sparse24(w)
 
 
 def compress_codes(

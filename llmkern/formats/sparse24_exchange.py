@@ -11,6 +11,8 @@ Bitmask. compressed-tensors' former `sparse-24-bitmask` files hold, for a weight
     p.compressed   float [N, K/2]          the kept values in row order
     p.bitmask      uint8 [N, ceil(K/8)]    bit k % 8 of byte k // 8 set where column k is kept
     p.shape        int64 [2, 1]            N, K
+
+For tensors that a caller holds: `llmkern.load` refuses such files, and saves 2:4 weights as dense ones.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ What a checkpoint holds of one linear layer:
     lookup_table  float [N, 16]        one book per row of w; no scales
     rows, cols, vals                   outliers as a sparse matrix, added to the above
     full_rows, full_row_indices        some whole input rows, likewise
+
+For tensors that a caller has read: SqueezeLLM's files are pickles, so `llmkern.load` does not open them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmkern.formats.bitsandbytes import Lut4Weight
+from llmkern.formats.lut4 import Lut4Weight
 
 _SPARSE = ("rows", "cols", "vals", "full_rows", "full_row_indices")
 

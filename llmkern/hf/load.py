@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmkern.formats.bitsandbytes import METHOD as BITSANDBYTES
-from llmkern.hf.checkpoint_files import CheckpointFiles, read_checkpoint
-from llmkern.hf.scheme import read_scheme
 from llmkern.models import resize_blocks
 from llmkern.models.resize import ENTRY
-from llmkern.nn import Int4Linear
-from llmkern.patch import record_formats
+from llmkern.wire import Reader, reading_wire, record_formats
+from llmkern.wire.checkpoint_files import CheckpointFiles, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,22 +42,13 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     if kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code: got True, expected no remote code: it is never run")
     files = read_checkpoint(directory)
-    quantization = files.config.get("quantization_config")
-    tables = quantization is not None and quantization.get("quant_method") == BITSANDBYTES
-    scheme = (
-        None if quantization is None or tables else read_scheme(quantization, str(files.directory))
-    )
+    wire = reading_wire(files)
+    reader = None if wire is None else wire.reader(files)
     config = transformers.AutoConfig.from_pretrained(files.directory, trust_remote_code=False)
-    if scheme is not None:
-        from llmkern.hf._quantizer import METHOD
+    if reader is not None:
+        from llmkern.wire._hook import METHOD
 
-        _check_tensor_names(files)
-        config.quantization_config = {"quant_method": METHOD, "scheme": scheme, "files": files}
-    if tables:
-        from llmkern.hf import _bitsandbytes
-
-        layers = _bitsandbytes.packed_layers(files)
-        config.quantization_config = {"quant_method": _bitsandbytes.METHOD, "layers": layers}
+        config.quantization_config = {"quant_method": METHOD, "reader": reader}
     # An architecture outside transformers would need code from the directory.
     name = (files.config.get("architectures") or ["AutoModelForCausalLM"])[0]
     model_class = getattr(transformers, name, None)
@@ -80,14 +68,10 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     except RuntimeError as error:
         raise ValueError(f"{files.directory}: {str(error).splitlines()[0]}") from error
     model.__class__ = model_class
-    _check_loading(files, info)
-    if tables:
-        _bitsandbytes.fill(model, files)
+    _check_loading(files, info, reader)
+    if reader is not None:
         model.hf_quantizer.remove_quantization_config(model)
-        record_formats(model)
-    if scheme is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-        _check_packed(files, model)
+        reader.fill(model)
         record_formats(model)
     return model  # type: ignore[no-any-return]
 
@@ -122,29 +106,10 @@ def _with_widths(model_class: Any, files: CheckpointFiles) -> Any:
     return type(model_class.__name__, (model_class,), {**names, "__init__": init})
 
 
-def _check_tensor_names(files: CheckpointFiles) -> None:
-    packed = [name for name in files.tensors if name.endswith(".weight_packed")]
-    if not packed:
-        raise ValueError(
-            f"{files.directory}: got a quantization_config but no weight_packed tensor, expected "
-            "packed weights"
-        )
-    g_idx = next((name for name in files.tensors if name.endswith(".weight_g_idx")), None)
-    if g_idx:
-        raise ValueError(
-            f"{files.directory}: {g_idx}: got act-order groups (actorder 'group'), expected groups of "
-            "consecutive columns: not supported"
-        )
-
-
-def _check_loading(files: CheckpointFiles, info: dict[str, Any]) -> None:
-    packed = sorted(k for k in info["unexpected_keys"] if k.endswith(".weight_packed"))
-    if packed:
-        raise ValueError(
-            f"{files.directory}: {packed[0]}: got a packed weight that no linear layer of the model "
-            f"takes ({len(packed)} such), expected linear layers only: packed MoE experts are not "
-            "supported yet"
-        )
+def _check_loading(files: CheckpointFiles, info: dict[str, Any], reader: Reader | None) -> None:
+    why = None if reader is None else reader.explain(info["unexpected_keys"])
+    if why is not None:
+        raise ValueError(f"{files.directory}: {why}")
     problems = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
@@ -156,18 +121,3 @@ def _check_loading(files: CheckpointFiles, info: dict[str, Any]) -> None:
             raise ValueError(f"{files.directory}: tensors {what}: {', '.join(names[:3])}{more}")
     if info.get("error_msgs"):
         raise ValueError(f"{files.directory}: {info['error_msgs'][0]}")
-
-
-def _check_packed(files: CheckpointFiles, model: torch.nn.Module) -> None:
-    for name, layer in model.named_modules():
-        if not isinstance(layer, Int4Linear):
-            continue
-        tensors = {key: t for key, t in layer.state_dict().items() if not t.is_meta}
-        for key, tensor in tensors.items():
-            problem = layer.problem(key, tensor)
-            if problem:
-                raise ValueError(f"{files.directory}: {name}.{problem}")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"{files.directory}: {name}.{key}: got NaN or Inf, expected finite numbers"
-                )

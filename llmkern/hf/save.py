@@ -6,20 +6,18 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from llmkern._files import sync_entry, sync_tree
-from llmkern.hf.checkpoint_files import CONFIG
-from llmkern.models.experts import find_expert_matrices
-from llmkern.nn import Int4Linear, Lut4Linear, Sparse24Linear
-from llmkern.patch import quantization_config
+from llmkern.nn import PackedLinear
+from llmkern.wire import WIRES, packed_layers, use_wire, writing_wire
+from llmkern.wire.checkpoint_files import CONFIG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +29,7 @@ def save(
     tokenizer: Any = None,
     *,
     overwrite: bool = False,
+    format: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Save a model and all that loading it needs.
@@ -49,13 +48,15 @@ def save(
         directory: to be made; an empty one may exist.
         tokenizer: anything with `save_pretrained`, written beside the model.
         overwrite: replace the model that `directory` holds, all its files with it.
+        format: name of the checkpoint format for packed layers, "compressed-tensors" or "bitsandbytes";
+            None is the first that holds them all.
         max_shard_size: split the weights into files of at most this size.
 
     Raises:
         FileExistsError: `directory` holds a model and `overwrite` is not set, or holds other files.
         OSError: it could not be written (full disk, no permission); the target is as it was.
         ValueError: not a transformers model, a layer's packed weight has been expanded, or no
-            checkpoint format holds the model's layers (int4 beside NF4, another book).
+            checkpoint format (not `format`) holds the model's layers (int4 beside NF4, another book).
     """
     from transformers import PreTrainedModel
 
@@ -63,14 +64,15 @@ def save(
         raise ValueError(f"model: got {type(model).__name__}, expected a transformers model")
     target = Path(directory).resolve()
     check_target(target, overwrite)
-    _check_expanded(model)
-    _warn_readers(model)
-    packed = [m for m in model.modules() if isinstance(m, Int4Linear | Lut4Linear)]
-    if packed and getattr(model, "hf_quantizer", None) is None:
-        model.config.quantization_config = quantization_config(model)
-    for module in packed:
+    for spoilt in (wire.spoilt(model) for wire in WIRES):
+        if spoilt is not None:
+            raise ValueError(spoilt)
+    layers = packed_layers(model)
+    if layers or format is not None:
+        _choose_form(model, layers, format)
+    for layer in layers.values():
         # The tensors to be written take the kernel layout's place instead of lying beside it.
-        module.restore()
+        layer.restore()
     with replacing(target) as partial:
         _check_space(model, partial)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -93,40 +95,24 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _check_expanded(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        quantized = getattr(module, "quantization_scheme", None) is not None
-        if quantized and "weight" in module._parameters:
-            raise ValueError(
-                f"{name}: got a weight that its first forward pass has expanded, expected packed "
-                "tensors: load the model again, and call llmkern.accelerate before its first use"
-            )
-
-
-def _warn_readers(model: PreTrainedModel) -> None:
-    """Say where the field's own readers cannot follow: silence would mean random weights there."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]
-    if not packed:
-        return
-    with torch.device("meta"):
-        skeleton = type(model)(model.config)
-    odd = {name: skeleton.get_submodule(name) for name in packed}
-    odd = {name: module for name, module in odd.items() if not isinstance(module, nn.Linear)}
-    why = [f"{name} is a packed {type(module).__name__}" for name, module in odd.items()][:1]
-    why += [f"{name} holds dense MoE experts" for name in find_expert_matrices(model)][:1]
-    if why:
-        warnings.warn(
-            f"save: {' and '.join(why)}, which transformers with compressed-tensors does not read: the "
-            "directory loads with llmkern.load",
-            stacklevel=3,
-        )
+def _choose_form(
+    model: PreTrainedModel, layers: Mapping[str, PackedLinear], format: str | None
+) -> None:
+    """Give the model the names and the config of the format that it will be written in."""
+    wire = writing_wire(layers, format)
+    unread = wire.unread(model, layers)
+    if unread is not None:
+        # Silence would mean random weights there.
+        warnings.warn(f"save: {unread}: the directory loads with llmkern.load", stacklevel=3)
+    # Where transformers holds on to layers, the config is that of the package that loaded them.
+    if getattr(model, "hf_quantizer", None) is None:
+        use_wire(model, wire)
 
 
 def _check_space(model: nn.Module, directory: Path) -> None:
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    # Sparse layers of floats are written dense.
-    sparse = [m for m in model.modules() if isinstance(m, Sparse24Linear)]
-    dense = sum(m.in_features * m.out_features * m.dtype.itemsize for m in sparse)
+    whole = [m for m in model.modules() if isinstance(m, PackedLinear) and m.WRITTEN_DENSE]
+    dense = sum(m.in_features * m.out_features * m.dtype.itemsize for m in whole)
     need, free = sum(tensors.values()) + dense, shutil.disk_usage(directory).free
     if need > free:
         raise OSError(

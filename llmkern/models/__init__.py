@@ -23,10 +23,12 @@ from llmkern.models.resize import (
     unit_overrides,
     write_widths,
 )
+from llmkern.models.sources import Source, find_sources, fold, scale_columns
 from llmkern.models.units import Units, find_units
 
 __all__ = [
     "DecoderBlocks",
+    "Source",
     "Units",
     "adopt_settings",
     "block_linears",
@@ -35,11 +37,14 @@ __all__ = [
     "context_length",
     "evaluation_mode",
     "find_blocks",
+    "find_sources",
     "find_units",
+    "fold",
     "head_counts",
     "keep_blocks",
     "keep_units",
     "resize_blocks",
+    "scale_columns",
     "set_width",
     "set_widths",
     "skeleton",

@@ -87,7 +87,7 @@ def find_units(model: nn.Module) -> list[list[Units]]:
     with torch.no_grad(), evaluation_mode(model):
         for (name, block), call in zip(blocks.items(), _calls(model, blocks.modules), strict=True):
             try:
-                found.append(_block_units(block, call))
+                found.append(block_units(block, call))
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
     return found
@@ -141,8 +141,9 @@ def _fresh(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _block_units(block: nn.Module, run: _Run) -> list[Units]:
-    reads = _inputs(block, run)
+def block_units(block: nn.Module, run: _Run) -> list[Units]:
+    """The units of one block, which `run` runs on a few tokens."""
+    reads = linear_inputs(block, run)
     by_parent: dict[str, list[str]] = {}
     for name in reads:
         by_parent.setdefault(name.rpartition(".")[0], []).append(name)
@@ -152,7 +153,7 @@ def _block_units(block: nn.Module, run: _Run) -> list[Units]:
         if any(name not in dense for name in names):
             continue
         first = reads[names[0]]
-        producers = [name for name in names if _same(reads[name], first)]
+        producers = [name for name in names if same_tensor(reads[name], first)]
         rest = [name for name in names if name not in producers]
         if len(rest) != 1:
             continue
@@ -163,7 +164,7 @@ def _block_units(block: nn.Module, run: _Run) -> list[Units]:
     return found
 
 
-def _inputs(block: nn.Module, run: _Run) -> dict[str, Tensor]:
+def linear_inputs(block: nn.Module, run: _Run) -> dict[str, Tensor]:
     """What each linear that is called once reads, by name, in the order of the calls."""
     seen: dict[str, list[Tensor]] = {}
 
@@ -177,7 +178,8 @@ def _inputs(block: nn.Module, run: _Run) -> dict[str, Tensor]:
     return {name: inputs[0] for name, inputs in seen.items() if len(inputs) == 1}
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, both alive, are the same data, however they are shaped."""
     if a.is_meta:  # no addresses
         return a is b
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a._version == b._version

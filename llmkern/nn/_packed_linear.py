@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,16 @@ from llmkern.nn._packed_weight import PackedWeight
 _repacking = threading.Lock()
 
 
+class FileForm(Protocol):
+    """Names and layout that a checkpoint format gives to the tensors of a layer."""
+
+    def tensors(self, layer: Any) -> dict[str, Tensor]:
+        """The weight of `layer`, by the names that follow the module's."""
+
+    def canonical(self, layer: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's part of a state_dict with the names of its own; the inverse of `tensors`."""
+
+
 class PackedLinear(nn.Linear):
     """A linear layer that holds its weight as the tensors of a file or as those of a kernel.
 
@@ -27,6 +37,12 @@ class PackedLinear(nn.Linear):
 
     # Class of the formats (`llmkern.formats`) that are held in this module.
     FORMAT: ClassVar[type | None] = None
+
+    # A dense weight stands for it in files: only kernels know of this module.
+    WRITTEN_DENSE: ClassVar[bool] = False
+
+    # How the state_dict holds the weight; None is in tensors of the module's own.
+    file_form: FileForm | None = None
 
     _FILE_BUFFERS: ClassVar[tuple[str, ...]]
     # Those of `_FILE_BUFFERS` whose place the kernel's tensors take, by default.
@@ -57,6 +73,15 @@ class PackedLinear(nn.Linear):
             ValueError: NaN or Inf in the weight, or a format that does not fit it.
         """
         raise NotImplementedError
+
+    @classmethod
+    def from_pattern(cls, linear: nn.Module) -> PackedLinear | None:
+        """The module for a linear whose weight has, by its values, the pattern that this one is for.
+
+        Returns:
+            None where it has not, and always by default.
+        """
+        return None
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `from_stored` needs of this layer beside its bias; the layer stays as it is.
@@ -205,9 +230,40 @@ class PackedLinear(nn.Linear):
     ) -> None:
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        for name, tensor in self._file_tensors().items():
-            if tensor is not None:
-                destination[prefix + name] = tensor
+        form = self.file_form
+        tensors = self.own_tensors() if form is None else form.tensors(self)
+        for name, tensor in tensors.items():
+            destination[prefix + name] = tensor
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What the state_dict holds of the weight, by the names that follow the module's."""
+        return {name: t for name, t in self._file_tensors().items() if t is not None}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.file_form is not None:
+            own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            try:
+                own = self.file_form.canonical(self, own)
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{error}")
+                return
+            state_dict = {prefix + name: tensor for name, tensor in own.items()}
+        self._load_own(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_own(self, *args: Any) -> None:
+        """`_load_from_state_dict` of tensors of the module's own."""
+        super()._load_from_state_dict(*args)
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -364,7 +364,7 @@ class Int4Linear(PackedLinear):
             zip(self._FILE_BUFFERS, (qweight, scales, zeros, self.weight_shape), strict=True)
         )
 
-    def _load_from_state_dict(
+    def _load_own(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -387,7 +387,7 @@ class Int4Linear(PackedLinear):
         scale = state_dict.get(prefix + "weight_scale")
         if isinstance(scale, Tensor) and scale.dtype != self.weight_scale.dtype:
             self.weight_scale = torch.empty_like(self.weight_scale, dtype=scale.dtype)
-        super()._load_from_state_dict(
+        super()._load_own(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmkern.formats.bitsandbytes import Lut4Weight, from_bitsandbytes, to_bitsandbytes
+from llmkern.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from llmkern.formats.int4 import pack_codes
 from llmkern.formats.lut4 import (
     BLOCK_SIZES,
     CODEBOOKS,
+    Lut4Weight,
     LutFormat,
     check_codebook,
     codebook_name,
@@ -291,22 +292,17 @@ class Lut4Linear(PackedLinear):
                 parts = (packed, self.weight_codebook, self.weight_scale)
         return dict(zip(self._FILE_BUFFERS, parts, strict=True))
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
+    def own_tensors(self) -> dict[str, Tensor]:
+        """bitsandbytes' tensors for its tables, else those of the canonical layout."""
         if not self.scaled or codebook_name(self.codebook) is None:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            return
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+            return super().own_tensors()
         packed, codebook, scales = self._file_tensors().values()
         assert packed is not None
         assert codebook is not None
         weight = Lut4Weight(packed, codebook, scales, self.group_size, self.block_size, self._dtype)
-        for name, tensor in to_bitsandbytes(weight).items():
-            destination[prefix + name] = tensor
+        return to_bitsandbytes(weight)
 
-    def _load_from_state_dict(
+    def _load_own(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -335,7 +331,7 @@ class Lut4Linear(PackedLinear):
             held = self._buffers[name]
             if held is not None and name in own:
                 self._buffers[name] = torch.empty_like(own[name], device=held.device)
-        super()._load_from_state_dict(
+        super()._load_own(
             {prefix + name: tensor for name, tensor in own.items()},
             prefix,
             local_metadata,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmkern import _backends
 from llmkern.formats import sparse24_cpu, sparse24_cuda
@@ -16,7 +16,7 @@ from llmkern.formats.int4 import (
     unpack_codes,
     unpack_zeros,
 )
-from llmkern.formats.sparse24 import compress_codes, decompress_codes
+from llmkern.formats.sparse24 import compress_codes, decompress_codes, is_pruned24
 from llmkern.nn.int4_linear import Int4Linear
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.ops.sparse24_w4a16_gemm import sparse24_w4a16_gemm
@@ -114,6 +114,37 @@ class Sparse24Int4Linear(Int4Linear):
             layer._sparse_operands()
         return layer
 
+    @classmethod
+    def from_pattern(cls, linear: nn.Module) -> Sparse24Int4Linear | None:
+        """The sparse layer of a plain `Int4Linear` that has been pruned to 2:4, or None."""
+        if type(linear) is not Int4Linear or linear.bits != 4 or linear.group_size % 32:
+            return None
+        # Those of the file, whatever the kernels hold.
+        tensors = linear._file_tensors()
+        packed, zeros = tensors["weight_packed"], tensors["weight_zero_point"]
+        if packed is None or packed.is_meta:
+            return None
+        # Modulo 256: 0 where the weight is.
+        steps = unpack_codes(packed, 4, linear.in_features)
+        if zeros is None:
+            steps = steps - 8
+        else:
+            points = unpack_zeros(zeros, 4, linear.out_features)
+            steps = steps - points.repeat_interleave(linear.group_size, 1)
+        if not is_pruned24(steps):
+            return None
+        layer = cls.from_packed(
+            packed,
+            tensors["weight_scale"],
+            zeros,
+            linear.bias,
+            in_features=linear.in_features,
+            format=linear.format,
+            dtype=linear.dtype,
+        )
+        layer.file_form = linear.file_form
+        return layer
+
     def _sparse_operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(qvalues, meta, scales, zeros) of the canonical sparse layout, from the file's tensors."""
         N, K = self._shape
@@ -189,7 +220,7 @@ class Sparse24Int4Linear(Int4Linear):
             tensors = (pack_codes(codes, 4), scales, zeros, self.weight_shape)
         return dict(zip(self._FILE_BUFFERS, tensors, strict=True))
 
-    def _load_from_state_dict(
+    def _load_own(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -200,7 +231,7 @@ class Sparse24Int4Linear(Int4Linear):
         error_msgs: list[str],
     ) -> None:
         before = len(error_msgs)
-        super()._load_from_state_dict(
+        super()._load_own(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         loaded = prefix + "weight_packed" in state_dict and len(error_msgs) == before

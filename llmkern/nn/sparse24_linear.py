@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmkern import _backends
 from llmkern.formats import sparse24_cpu, sparse24_cuda
-from llmkern.formats.sparse24 import FLOATS, check_meta, check_parts, compress
+from llmkern.formats.sparse24 import FLOATS, check_meta, check_parts, compress, is_pruned24
 from llmkern.models.linears import dense_weight
 from llmkern.nn._packed_linear import PackedLinear
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
@@ -45,6 +45,7 @@ class Sparse24Linear(PackedLinear):
         ValueError: in_features is no multiple of 8, or another dtype.
     """
 
+    WRITTEN_DENSE = True
     _FILE_BUFFERS = ("weight_values", "weight_meta")
     _REPACKED_BUFFERS = ("weight_values", "weight_meta")
     _KERNEL_BUFFERS = ("_values", "_meta")
@@ -95,6 +96,14 @@ class Sparse24Linear(PackedLinear):
         values, meta = compress(dense_weight(linear), mask)
         layer = cls._wrap(values, meta, getattr(linear, "bias", None))
         return layer.train(linear.training)
+
+    @classmethod
+    def from_pattern(cls, linear: nn.Module) -> Sparse24Linear | None:
+        """The sparse layer of a plain linear that has been pruned to 2:4, or None."""
+        weight = linear._parameters.get("weight")
+        if type(linear) is not nn.Linear or type(weight) is not nn.Parameter:
+            return None
+        return cls.from_linear(linear) if is_pruned24(weight.detach()) else None
 
     @classmethod
     def from_parts(cls, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Sparse24Linear:
@@ -194,7 +203,7 @@ class Sparse24Linear(PackedLinear):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _load_from_state_dict(
+    def _load_own(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -217,7 +226,7 @@ class Sparse24Linear(PackedLinear):
             if strict:
                 missing_keys.append(prefix + "weight")
         own |= zip((prefix + name for name in self._FILE_BUFFERS), parts, strict=True)
-        super()._load_from_state_dict(
+        super()._load_own(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from llmkern._files import write_whole
-from llmkern.hf.checkpoint_files import CONFIG
 from llmkern.hf.save import check_target, replacing
 from llmkern.report import StageRecord
+from llmkern.wire.checkpoint_files import CONFIG
 
 RUN, STAGE, RECIPE = "llmkern_run.json", "llmkern_stage.json", "recipe.yaml"
 _ORIGINAL = "original"

@@ -10,11 +10,11 @@ from torch import nn
 
 from llmkern.drive import Shapes
 from llmkern.evaluate import weight_bytes
-from llmkern.hf.checkpoint_files import CheckpointFiles, read_checkpoint
 from llmkern.models import changed_config, find_blocks, skeleton
 from llmkern.models.heads import tied_embedding
 from llmkern.models.resize import resize_blocks
 from llmkern.nn import is_packed
+from llmkern.wire.checkpoint_files import CheckpointFiles, read_checkpoint
 
 
 def read_shapes(model: Any, dtype: torch.dtype | None = None) -> Shapes:

@@ -25,11 +25,11 @@ from llmkern.drive import (
 )
 from llmkern.formats import WeightFormat
 from llmkern.models.linears import shape_of
-from llmkern.patch import record_formats
 from llmkern.quantize import gptq, rtn, tables
 from llmkern.quantize._formats import check_held
 from llmkern.quantize._method import QuantizeMethod, Result
 from llmkern.quantize._report import QuantizedLayer, QuantizeReport
+from llmkern.wire import record_formats
 
 METHODS: list[QuantizeMethod] = [gptq.METHOD, rtn.METHOD, tables.NF4, tables.FP4]
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import llmkern
 from llmkern import Lut4Linear, LutFormat
@@ -137,14 +137,24 @@ def test_accelerate_refuses_bitsandbytes_without_four_bits(tmp_path):
 
 def test_several_devices_are_refused(tmp_path, monkeypatch):
     saved(tmp_path)
-    from llmkern.hf import _bitsandbytes
+    from llmkern.wire import bitsandbytes
 
-    fill = _bitsandbytes.fill
+    fill = bitsandbytes.fill_pending
 
-    def spread(model, files):
+    def spread(model, *args):
         model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
-        fill(model, files)
+        fill(model, *args)
 
-    monkeypatch.setattr(_bitsandbytes, "fill", spread)
+    monkeypatch.setattr(bitsandbytes, "fill_pending", spread)
     with pytest.raises(ValueError, match="device_map: got several devices, expected one"):
         llmkern.load(tmp_path)
+
+
+def test_conv1d_comes_back(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128)).eval()
+    llmkern.patch(model, LutFormat())
+    llmkern.save(model, tmp_path / "model")
+    loaded = llmkern.load(tmp_path / "model")
+    assert isinstance(loaded.transformer.h[0].mlp.c_fc, Lut4Linear)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)

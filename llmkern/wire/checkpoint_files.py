@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -43,6 +45,28 @@ class CheckpointFiles:
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+
+    def read(self, module: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors of one module, by what follows its name.
+
+        Args:
+            module: full name.
+            names: "weight" also reads what begins with "weight."; those that are not there are left
+                out.
+        """
+        wanted = [
+            tensor
+            for tensor in self.tensors
+            if any(f"{tensor}.".startswith(f"{module}.{name}.") for name in names)
+        ]
+        shards = dict.fromkeys(wanted, WEIGHTS)
+        if (self.directory / INDEX).is_file():
+            shards = _read_json(self.directory / INDEX)["weight_map"]
+        found = {}
+        for tensor in wanted:
+            with safe_open(self.directory / shards[tensor], framework="pt") as file:
+                found[tensor.removeprefix(f"{module}.")] = file.get_tensor(tensor)
+        return found
 
 
 def read_checkpoint(directory: str | Path) -> CheckpointFiles:

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's `quantization_config`: each module's format, or why it cannot be read."""
+"""Reading compressed-tensors' `quantization_config`: each module's format, or why it cannot be read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from llmkern.formats.compressed_tensors import FORMAT, METHOD
 from llmkern.formats.int4 import QuantFormat
 from llmkern.nn.int4_linear import BITS
+
+FORMAT = "pack-quantized"
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,8 @@ def read_scheme(config: Mapping[str, Any], where: str) -> Scheme:
         where: what to call its source in errors.
 
     Raises:
-        ValueError: a method, format or option that llmkern does not read, by its name.
+        ValueError: a format or option that llmkern does not read, by its name.
     """
-    method = config.get("quant_method")
-    if method != METHOD:
-        raise ValueError(f"{where}: quant_method: got {method!r}, expected {METHOD!r}")
     _expect(config.get("quantization_status", "compressed"), ("compressed",), "status", where)
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         value = config.get(key)

@@ -1,0 +1,128 @@
+"""All checkpoint formats, and which of them reads a directory or writes a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from llmkern.models.experts import find_expert_matrices
+from llmkern.models.linears import find_linears
+from llmkern.nn import PackedLinear
+from llmkern.wire._wire import Wire
+from llmkern.wire.bitsandbytes import Bitsandbytes
+from llmkern.wire.checkpoint_files import CheckpointFiles
+from llmkern.wire.compressed_tensors import CompressedTensors
+
+# In the order in which they are tried.
+WIRES: list[Wire] = [CompressedTensors(), Bitsandbytes()]
+
+
+def reading_wire(files: CheckpointFiles) -> Wire | None:
+    """The format of a checkpoint; None if it is a plain model.
+
+    Raises:
+        ValueError: one that llmkern does not read.
+    """
+    entry = files.config.get("quantization_config")
+    if entry is None:
+        return None
+    for wire in WIRES:
+        if wire.reads(files):
+            return wire
+    raise ValueError(
+        f"{files.directory}: quant_method: got {entry.get('quant_method')!r}, expected "
+        f"{' or '.join(repr(wire.name) for wire in WIRES)}"
+    )
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """The layers of a model that are not written as dense ones, by full name."""
+    return {
+        name: module
+        for name, module in find_linears(model).items()
+        if isinstance(module, PackedLinear) and not module.WRITTEN_DENSE
+    }
+
+
+def writing_wire(layers: Mapping[str, PackedLinear], name: str | None = None) -> Wire:
+    """The first format that can hold layers; with a name, that one.
+
+    Raises:
+        ValueError: there is none; says which layers are in the way and what to do.
+    """
+    wires = [wire for wire in WIRES if name in (None, wire.name)]
+    if not wires:
+        known = ", ".join(wire.name for wire in WIRES)
+        raise ValueError(f"format: got {name!r}, expected one of {known}")
+    reasons = []
+    for wire in wires:
+        if all(wire.holds(layer) for layer in layers.values()):
+            reason = wire.refuse(layers)
+            if reason is None:
+                return wire
+            reasons.append(reason)
+    raise ValueError(reasons[0] if reasons else _no_common_wire(layers, wires))
+
+
+def _no_common_wire(layers: Mapping[str, PackedLinear], wires: list[Wire]) -> str:
+    firsts: dict[int, str] = {}
+    for name, layer in layers.items():
+        kinds = [index for index, wire in enumerate(wires) if wire.holds(layer)]
+        if not kinds:
+            known = " or ".join(wire.name for wire in wires)
+            return (
+                f"{name}: got {type(layer).__name__}, which {known} does not hold: save the state_dict "
+                "with torch.save"
+            )
+        firsts.setdefault(kinds[0], name)
+    one, other = (layers[firsts[index]] for index in sorted(firsts)[:2])
+    names = [firsts[index] for index in sorted(firsts)[:2]]
+    return (
+        f"model: got {names[0]} ({type(one).__name__}) beside {names[1]} ({type(other).__name__}), "
+        "expected one kind: no checkpoint format holds both; patch the model with "
+        f"{_rule(one)} rules only, or {_rule(other)} rules only, and save it again"
+    )
+
+
+def _rule(layer: PackedLinear) -> str:
+    """What a rule says to get such a layer."""
+    made = (getattr(kind, "FORMAT", None) for kind in type(layer).__mro__)
+    return next((fmt.__name__ for fmt in made if fmt is not None), type(layer).__name__)
+
+
+def quantization_config(model: nn.Module, wire: Wire) -> dict[str, object]:
+    """What config.json says of the model as it is now, written in the format of `wire`."""
+    layers = packed_layers(model)
+    dense = [name for name in find_linears(model) if name not in layers]
+    return wire.describe(layers, dense, list(find_expert_matrices(model)))
+
+
+def use_wire(model: nn.Module, wire: Wire | None) -> None:
+    """Let the model's state_dict and its config be those of a checkpoint of `wire`.
+
+    transformers' own `save_pretrained` then writes a directory that loads. Without a format the packed
+    layers have tensors of their own, and the config says nothing of them.
+    """
+    for layer in packed_layers(model).values():
+        layer.file_form = wire
+    config = model.config
+    if wire is not None:
+        config.quantization_config = quantization_config(model, wire)  # type: ignore[union-attr]
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def record_formats(model: nn.Module) -> None:
+    """`use_wire` with the format that can hold the model's packed layers, if there is one.
+
+    A model without a transformers config is left alone.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return
+    try:
+        wire = writing_wire(packed_layers(model))
+    except ValueError:
+        wire = None
+    use_wire(model, wire)
