@@ -13,7 +13,7 @@ a result, or results by layer name; the driver puts them into the model and repo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from llmkern.drive.plan import plan_layers
 from llmkern.drive.progress import Progress
 from llmkern.drive.shapes import F32, Shapes, Tokens
 from llmkern.masks import kept_mask, recorded_layers
-from llmkern.models import block_linears, find_blocks
+from llmkern.models import Source, block_linears, find_blocks, find_sources
 from llmkern.models.linears import dense_weight, is_conv1d, weight_rows
 from llmkern.patch import unmatched, winning_pattern
 
@@ -96,7 +96,7 @@ class Group:
     block: Block
     layers: tuple[Layer, ...]
     statistic: Any = None
-    source: Any = None
+    source: Source | None = None
 
 
 class Driver(Protocol):
@@ -270,13 +270,16 @@ class EachGroup(LayerWork):
     """The linears that share an input, with the norm or linear before them.
 
     Attributes:
-        function: (group, options) -> result of each layer, by full name. It may fold scales into the
-            group's source, whose change the journal keeps with the block.
-        statistic: class of what it is told of the group's input.
+        function: (group, options) -> result of each layer, by full name.
+        statistic: class of what both functions are told of the group's input.
+        transform: (group, options) -> None, called for every group of a block before `function` is called
+            for any of them, so that all layers and sources are dense: it may scale the layers' columns and
+            fold the inverse into the group's source. What it changes the journal keeps with the block.
     """
 
     function: Callable[[Group, Any], Mapping[str, Any]]
     statistic: type[InputStatistic]
+    transform: Callable[[Group, Any], None] | None = None
 
     def needs(self, settings: Any) -> Needs:
         """Tokens."""
@@ -288,19 +291,30 @@ class EachGroup(LayerWork):
 
     def run(self, run: LayerRun) -> None:
         """Change the planned layers."""
-        run.walk(lambda block: self._groups(run, block))
+        run.walk(lambda block: self._block(run, block))
 
-    def _groups(self, run: LayerRun, block: Block) -> None:
+    def _block(self, run: LayerRun, block: Block) -> None:
         groups = run.groups(block)
-        from llmkern.models import find_sources
-
         sources = find_sources(block.module, lambda: block.run(0), groups)
+        if self.transform is not None:
+            for group in self._groups(run, block, groups, sources):
+                with run.progress.layer(group.name):
+                    self.transform(group, run.settings)
+        for group in self._groups(run, block, groups, sources):
+            run.change_group(group, self.function)
+
+    def _groups(
+        self,
+        run: LayerRun,
+        block: Block,
+        groups: list[tuple[str, ...]],
+        sources: Sequence[Source | None],
+    ) -> Iterator[Group]:
+        """One after the other: each reads what the ones before it have been changed to."""
         for names, source in zip(groups, sources, strict=True):
-            # Group by group: a source that is changed changes what comes after it.
             (statistic,) = run.statistics(block, [names], self.statistic)
             layers = tuple(run.layer(f"{block.name}.{name}", statistic) for name in names)
-            group = Group(layers[0].name, block, layers, statistic, source)
-            run.change_group(group, self.function)
+            yield Group(layers[0].name, block, layers, statistic, source)
 
 
 @dataclass(frozen=True)
