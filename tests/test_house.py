@@ -113,19 +113,22 @@ def test_op_offers_every_backend_in_the_documented_order(op: str) -> None:
     assert tuple(backend.name for backend in module.BACKENDS) == _backends.NAMES
 
 
-def imports_of_ours(path: Path) -> set[str]:
-    """Parts of llmkern that a file imports, at any depth of its code."""
-    parts = set()
+def imports(path: Path) -> set[str]:
+    """Dotted names of what a file imports, at any depth of its code."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "llmkern":
+            names |= {f"llmkern.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [node.module]
-            if node.module == "llmkern":
-                names = [f"llmkern.{alias.name}" for alias in node.names]
-        parts |= {name.split(".")[1] for name in names if name.startswith("llmkern.")}
-    return parts
+            names.add(node.module)
+    return names
+
+
+def imports_of_ours(path: Path) -> set[str]:
+    """Parts of llmkern that a file imports."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("llmkern.")}
 
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
@@ -135,6 +138,15 @@ def test_dependencies_point_one_way(part: str) -> None:
     for path in files:
         extra = imports_of_ours(path) - MAY_IMPORT[part] - {part}
         assert not extra, f"{path.relative_to(ROOT)} imports llmkern.{', llmkern.'.join(extra)}"
+
+
+@pytest.mark.parametrize("folder", ["llmkern", "triton_kernels", "scripts"])
+def test_nothing_imports_the_command_line_or_the_benchmarks(folder: str) -> None:
+    benchmarks = {"bench", *(path.stem for path in (ROOT / "bench").glob("*.py"))}
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not benchmarks & {name.split(".")[0] for name in imports(path)}, path
+        if path.parent.name != "cli" and path.name != "__main__.py":
+            assert "cli" not in imports_of_ours(path), path
 
 
 def test_kernels_know_nothing_of_torch() -> None:

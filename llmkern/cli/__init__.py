@@ -7,8 +7,9 @@ import os
 import sys
 from typing import NoReturn
 
-# Importing a command's module registers it.
-from llmkern.cli import (  # noqa: F401
+import typer
+
+from llmkern.cli import (
     compare,
     compress,
     demo,
@@ -19,7 +20,33 @@ from llmkern.cli import (  # noqa: F401
     prune,
     quantize,
 )
-from llmkern.cli.app import app
+
+__all__ = ["build_app", "main"]
+
+
+def build_app() -> typer.Typer:
+    """The application, with an option for everything that the methods of this moment take."""
+    app = typer.Typer(
+        name="llmkern",
+        help="Smaller, faster language models on hand-written kernels.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    for name, command in (
+        ("compare", compare.command()),
+        ("compress", compress.command()),
+        ("demo", demo.demo),
+        ("distill", distill.command()),
+        ("env", env.env),
+        ("eval", evaluate.command()),
+        ("generate", generate.generate),
+        ("prune", prune.command()),
+        ("quantize", quantize.command()),
+    ):
+        app.command(name)(command)
+    return app
 
 
 def main() -> NoReturn:
@@ -27,7 +54,7 @@ def main() -> NoReturn:
     level = os.environ.get("LLMKERN_LOG", "warning").upper()
     logging.basicConfig(level=getattr(logging, level, logging.WARNING))
     try:
-        app()
+        build_app()()
     except Exception as error:
         if level == "DEBUG":
             raise

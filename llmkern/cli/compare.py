@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from llmkern.cli.app import (
+from llmkern.cli import _options
+from llmkern.cli._shared import (
+    EVALUATION,
+    PROMPT,
+    SOURCE,
     Device,
     DType,
     Model,
-    SeqLen,
-    app,
     console,
     notes,
     open_model,
@@ -22,8 +25,26 @@ from llmkern.cli.app import (
 )
 from llmkern.cli.report_table import print_report
 
+_MADE = (
+    *("calibration", "evaluation", "samples", "seq_len", "windows"),
+    *("steps", "seed", "prompts", "speed"),
+)
 
-@app.command()
+
+def command() -> Callable[..., None]:
+    """The command, with the options of a comparison."""
+    from llmkern.pipeline.compare import CompareOptions
+
+    made = _options.from_dataclass(
+        CompareOptions,
+        dict.fromkeys(_MADE),
+        calibration=SOURCE,
+        evaluation=EVALUATION,
+        prompts=PROMPT,
+    )
+    return _options.with_options(compare, made)
+
+
 def compare(
     model_dir: Model,
     methods: Annotated[
@@ -36,26 +57,9 @@ def compare(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Directory for report.html, .md and .json.")
     ] = Path("comparison"),
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text file, token tensor or dataset; by default a bundled text."),
-    ] = None,
-    evaluation: Annotated[
-        str | None,
-        typer.Option(help="The same, held out, to measure on; by default a bundled text."),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: SeqLen = None,
-    windows: Annotated[int, typer.Option(help="Most windows to measure on.")] = 64,
-    steps: Annotated[int, typer.Option(help="Training steps of methods that train.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows and of training.")] = 0,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="To continue in the report; repeatable. From the evaluation by default."),
-    ] = None,
-    speed: Annotated[bool, typer.Option(help="Measure tokens per second.")] = True,
     dtype: DType = None,
     device: Device = None,
+    **options: Any,
 ) -> None:
     """Apply every technique to a model, one after the other, and compare size, speed and accuracy."""
     from llmkern.pipeline.compare import chosen_labels
@@ -70,22 +74,14 @@ def compare(
         open_model(model_dir, dtype, device),
         said=lambda text: notes.print(text, markup=False, highlight=False),
         methods=chosen,
-        calibration=calibration,
-        evaluation=evaluation,
         tokenizer=open_tokenizer(model_dir),
-        seq_len=seq_len,
-        samples=samples,
-        windows=windows,
-        steps=steps,
-        seed=seed,
-        prompts=prompt or None,
-        speed=speed,
         progress=True,
         # In another dtype than its files have, it is another size.
         disk=None if dtype else file_bytes(Path(model_dir)),
         scratch=output,
         name=model_dir,
         command=shlex.join(["llmkern", *sys.argv[1:]]),
+        **options,
     )
     paths = write_report(report, output)
     print_report(report)

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from llmkern.cli.app import Device, DType, Model, app, console, parse_dtype
+from llmkern.cli import _options
+from llmkern.cli._shared import EVALUATION, PROMPT, Device, DType, Model, console, parse_dtype
 from llmkern.cli.report_table import print_report
 
+_CALIBRATION = {
+    "help": "Text file, token tensor (.pt, .safetensors) or dataset name, for all stages that need data; "
+    "'builtin' is the text that comes with llmkern."
+}
 
-@app.command()
+
+def command() -> Callable[..., None]:
+    """The command, with the options of a run."""
+    from llmkern.pipeline import Pipeline, RunOptions
+
+    run = _options.from_function(
+        Pipeline.run,
+        dict.fromkeys(("resume", "overwrite")),
+        resume={"help": "Go on with the run of the same command that OUTPUT holds."},
+        overwrite={"help": "Delete the run or model that OUTPUT holds."},
+    )
+    names = ("calibration", "evaluation", "evaluation_windows", "prompts", "speed", "sensitivity")
+    measured = _options.from_dataclass(
+        RunOptions,
+        dict.fromkeys(names),
+        calibration=_CALIBRATION,
+        evaluation=EVALUATION,
+        prompts=PROMPT,
+    )
+    return _options.with_options(compress, [*measured, *run])
+
+
 def compress(
     model_dir: Model,
     output: Annotated[
@@ -23,37 +50,12 @@ def compress(
         Path | None,
         typer.Option(help="YAML list of stages; prune, quantize and distill by default."),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file, token tensor (.pt, .safetensors) or dataset name, for all stages that need "
-            "data; 'builtin' is the text that comes with llmkern."
-        ),
-    ] = None,
-    evaluation: Annotated[
-        str | None,
-        typer.Option(help="The same, held out, to measure on; built-in text by default."),
-    ] = None,
-    evaluation_windows: Annotated[int, typer.Option(help="Most windows to measure on.")] = 64,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="To continue in the report; repeatable. From the evaluation by default."),
-    ] = None,
-    speed: Annotated[bool, typer.Option(help="Measure tokens per second.")] = True,
-    sensitivity: Annotated[
-        bool, typer.Option(help="Measure what each block's change costs alone.")
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option(help="Go on with the run of the same command that OUTPUT holds.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option(help="Delete the run or model that OUTPUT holds.")
-    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what it would need and refuse, and stop.")
     ] = False,
     dtype: DType = None,
     device: Device = None,
+    **options: Any,
 ) -> None:
     """Prune, quantize and distill a model by a recipe, and report what each stage bought and cost."""
     from llmkern.pipeline import Pipeline, default_recipe, load_recipe
@@ -63,7 +65,7 @@ def compress(
         found = pipeline.preflight(
             model_dir,
             output,
-            calibration=calibration,
+            calibration=options.get("calibration"),
             dtype=parse_dtype(dtype),
             device=device,
         )
@@ -73,19 +75,12 @@ def compress(
     report = pipeline.run(
         model_dir,
         output,
-        calibration=calibration,
-        evaluation=evaluation,
-        evaluation_windows=evaluation_windows,
-        prompts=prompt or None,
-        speed=speed,
-        sensitivity=sensitivity,
-        resume=resume,
-        overwrite=overwrite,
         dtype=parse_dtype(dtype),
         device=device,
         progress=True,
         on_preflight=lambda found: console.print(found.table()),
         command=shlex.join(["llmkern", *sys.argv[1:]]),
+        **options,
     )
     print_report(report)
     console.print(f"saved to {output}, report: {output / 'report.html'}", soft_wrap=True)

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from llmkern.cli.app import app, console
+from llmkern.cli._shared import console
 
 
-@app.command()
 def demo(
     output: Annotated[
         Path,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from llmkern.cli.app import app, console
+from llmkern.cli._shared import console
 
 
-@app.command()
 def env() -> None:
     """Print versions, processors, and which backend serves which op here."""
     from llmkern import env as environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,30 +11,34 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from llmkern.cli.app import (
+from llmkern.cli import _options
+from llmkern.cli._shared import (
     Dense,
     Device,
     DType,
     Model,
     SeqLen,
-    app,
     console,
-    given_options,
     open_model,
     open_tokenizer,
 )
 
-_FOR_TEXT = {"text", "tokens", "seq_len", "reference"}
-_FOR_TASKS = {"limit", "num_fewshot", "batch_size", "include_path"}
+_BENCHMARKS = "Benchmarks"
 
 
-@app.command("eval")
+def command() -> Callable[..., None]:
+    """The command, with the options of benchmarks."""
+    from llmkern.evaluate.lm_eval import Tasks
+
+    panels = dict.fromkeys(("limit", "num_fewshot", "batch_size"), _BENCHMARKS)
+    return _options.with_options(evaluate, _options.from_function(Tasks.run, panels))
+
+
 def evaluate(
-    context: typer.Context,
     model_dir: Model,
     text: Annotated[Path | None, typer.Option(help="Text file to evaluate on.")] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="int64 [n, seq_len]: .pt, .safetensors.")
+        Path | None, typer.Option(help=escape("int64 [n, seq_len]: .pt, .safetensors."))
     ] = None,
     seq_len: SeqLen = None,
     reference: Annotated[
@@ -49,41 +54,47 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Benchmarks of lm_eval in place of a text, comma between them: hellaswag,arc_easy."
+            rich_help_panel=_BENCHMARKS,
+            help="Of lm_eval, in place of a text, comma between them: hellaswag,arc_easy.",
         ),
     ] = None,
-    limit: Annotated[
-        float | None, typer.Option(help="With --tasks: questions per task, or a fraction of them.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="With --tasks: examples before each question.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="With --tasks: texts per forward.")] = 8,
     include_path: Annotated[
-        Path | None, typer.Option(help="With --tasks: directory with tasks of your own (YAML).")
+        Path | None,
+        typer.Option(rich_help_panel=_BENCHMARKS, help="Directory with tasks of your own (YAML)."),
     ] = None,
+    **options: Any,
 ) -> None:
     """Measure perplexity, bytes of weights and speed, and closeness to a reference; or benchmarks."""
     from llmkern.evaluate import evaluate as run
 
-    given = given_options(context, ())
-    wrong = _FOR_TEXT if tasks is not None else _FOR_TASKS
-    for name in wrong & given.keys():
-        where = "without" if tasks is not None else "with"
-        raise ValueError(
-            f"--{name.replace('_', '-')}: got {given[name]}, expected it only {where} --tasks"
-        )
+    for_text = {"text": text, "tokens": tokens, "seq_len": seq_len, "reference": reference}
+    for_tasks = {**options, "include_path": include_path}
+    for name, value in (for_tasks if tasks is None else for_text).items():
+        if value is not None:
+            where = "with" if tasks is None else "without"
+            raise ValueError(
+                f"{_options.flag(name)}: got {value}, expected it only {where} --tasks"
+            )
+
+    def opened(directory: str) -> Any:
+        return open_model(directory, dtype, device, sparse=not dense)
+
     if tasks is not None:
-        _run_tasks(context.params)
+        from llmkern.evaluate.lm_eval import Tasks
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        found = Tasks(names, include_path)  # before the model is read
+        answer = found.run(opened(model_dir), open_tokenizer(model_dir), **options)
+        _show_tasks(answer, json_file)
         return
     if (text is None) == (tokens is None):
         raise ValueError("--text, --tokens: got both or neither, expected exactly one of them")
     result = run(
-        open_model(model_dir, dtype, device, sparse=not dense),
+        opened(model_dir),
         text or tokens,
         open_tokenizer(model_dir),
         seq_len=seq_len,
-        reference=open_model(reference, dtype, device, sparse=not dense) if reference else None,
+        reference=opened(reference) if reference else None,
         progress=True,
     ).to_dict()
     table = Table(show_header=False)
@@ -94,20 +105,10 @@ def evaluate(
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _run_tasks(options: dict[str, Any]) -> None:
-    """Hand the model over to lm_eval, and print its figures."""
-    from llmkern.evaluate.lm_eval import Tasks, figures
+def _show_tasks(answer: dict[str, Any], json_file: Path | None) -> None:
+    """Print the figures of lm_eval, and write all of its answer."""
+    from llmkern.evaluate.lm_eval import figures
 
-    names = [name.strip() for name in options["tasks"].split(",") if name.strip()]
-    found = Tasks(names, options["include_path"])  # before the model is read
-    model_dir = options["model_dir"]
-    answer = found.run(
-        open_model(model_dir, options["dtype"], options["device"], sparse=not options["dense"]),
-        open_tokenizer(model_dir),
-        num_fewshot=options["num_fewshot"],
-        limit=options["limit"],
-        batch_size=options["batch_size"],
-    )
     table = Table("task", "metric", header_style="bold")
     for column in ("value", "± error", "shots", "questions"):
         table.add_column(column, justify="right")
@@ -122,6 +123,5 @@ def _run_tasks(options: dict[str, Any]) -> None:
             str(asked),
         )
     console.print(table)
-    if options["json_file"]:
-        text = json.dumps(answer, indent=2, default=str)
-        options["json_file"].write_text(text + "\n")
+    if json_file:
+        json_file.write_text(json.dumps(answer, indent=2, default=str) + "\n")

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from llmkern.cli.app import Dense, Device, DType, Model, app, console, open_model, open_tokenizer
+from llmkern.cli._shared import Dense, Device, DType, Model, console, open_model, open_tokenizer
 
 
-@app.command()
 def generate(
     model_dir: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from llmkern.cli.app import console
+from llmkern.cli._shared import console
 
 if TYPE_CHECKING:
     from llmkern.pipeline import PipelineReport

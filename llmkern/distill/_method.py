@@ -27,11 +27,13 @@ class DistillMethod(Method):
         answers: it trains on a teacher's answers to prompts instead of windows of text, and as text they
             suit any vocabulary.
         reads_windows: (options) -> whether it trains on windows of text at all.
+        needs_teacher: (options) -> whether a teacher is asked for anything.
     """
 
     plan: Callable[[DistillJob, Any], Plan]
     answers: bool = False
     reads_windows: Callable[[Any], bool] = lambda options: True
+    needs_teacher: Callable[[Any], bool] = lambda options: True
 
 
 def training_nbytes(

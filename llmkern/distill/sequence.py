@@ -53,7 +53,7 @@ class SequenceOptions(SamplingOptions):
             prompts, the file of prompts and answers to train on (see `read_pairs` for its lines). Of
             several processes the main one asks the teacher while the others wait, no longer than the
             timeout of their group: for many prompts let one process alone write the file first.
-        answers_per_prompt: how many the teacher gives.
+        answers_per_prompt: answers that the teacher gives.
         answer_batch: prompts per forward of the teacher.
         stop: text before which an answer ends.
         answer_pattern: regular expression whose first group (or whole match), at its last match in an
@@ -271,5 +271,6 @@ METHOD = DistillMethod(
     plan=plan_sequence,
     answers=True,
     reads_windows=lambda options: False,
+    needs_teacher=lambda options: options.prompts is not None,
     compared={"distill sequence": {"prompts": None, **HALF}},
 )

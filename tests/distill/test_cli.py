@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import llmkern
 from llmkern import assets
-from llmkern.cli.app import app
+from llmkern.cli import build_app
 
 TEACHER = str(assets.bundled_model_dir())
 SHORT = ["--steps", 2, "--batch-size", 1]
@@ -18,7 +18,7 @@ SHORT = ["--steps", 2, "--batch-size", 1]
 
 def run(*arguments: object, teacher: str | None = TEACHER):
     first = ["distill"] if teacher is None else ["distill", teacher]
-    return CliRunner().invoke(app, [*first, *map(str, arguments)])
+    return CliRunner().invoke(build_app(), [*first, *map(str, arguments)])
 
 
 def report(directory) -> dict:
@@ -100,11 +100,23 @@ def test_on_policy_methods_get_their_options(method, options, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "gkd", "--teacher-mix", 0.5], "teacher_mix: not an option of method 'gkd'"),
+        (
+            ["--method", "gkd", "--teacher-mix", 0.5],
+            "--teacher-mix: got 0.5, expected nothing: --method gkd",
+        ),
         (["--student", "x", "--student-layers", 0.5], "got both, expected one of them"),
-        (["--hidden-weight", 2.0, "--steps", 1], "hidden_weight: not an option of method 'soft'"),
-        (["--prompts", "x", "--steps", 1], "prompts: not an option of method 'soft'"),
-        (["--method", "sequence", "--alpha", 0.5], "alpha: not an option of method 'sequence'"),
+        (
+            ["--hidden-weight", 2.0, "--steps", 1],
+            "--hidden-weight: got 2.0, expected nothing: --method soft",
+        ),
+        (
+            ["--prompts", "x", "--steps", 1],
+            "--prompts: got x, expected nothing: --method soft has no",
+        ),
+        (
+            ["--method", "sequence", "--alpha", 0.5],
+            "--alpha: got 0.5, expected nothing: --method sequence",
+        ),
         (
             ["--method", "sequence", "--answers", "x", "--student", TEACHER],
             "expected none: answers come from a file",

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import llmkern
 from llmkern.calibrate import HiddenStates
-from llmkern.cli.app import app
+from llmkern.cli import build_app
 from llmkern.drive.journal import Journal, discard
 from llmkern.train import _loop
 
@@ -442,7 +442,7 @@ def test_commands_resume_and_clean_up(command: tuple[str, ...], tmp_path: Path) 
 
     def call(out: str, *more: str) -> int:
         arguments = [verb, str(source), "-o", str(tmp_path / out), *options, *more]
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(build_app(), arguments)
         if isinstance(result.exception, Interrupted):
             raise result.exception
         return result.exit_code

@@ -73,7 +73,7 @@ def test_pruned_model_is_a_plain_one(
         (["--method", "glu", "--ratio", "1.5"], "ratio: got 1.5, expected a fraction in [0, 1)"),
         (
             ["--method", "depth", "--blocks", "1", "--importance", "obs"],
-            "importance: not an option",
+            "--importance: got obs, expected nothing: --method depth has no such option",
         ),
         (["--method", "glu", "--ratio", "0.5", "--rule", "*=0.5"], "rules: got"),
     ],

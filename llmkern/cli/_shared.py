@@ -1,10 +1,10 @@
-"""What the commands share: the application, its argument types, opening a model."""
+"""What the commands share: argument types, opening a model, writing what was made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -12,18 +12,15 @@ from rich.console import Console
 if TYPE_CHECKING:
     import torch
 
-app = typer.Typer(
-    name="llmkern",
-    help="Smaller, faster language models on hand-written kernels.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 console = Console()
 notes = Console(stderr=True, soft_wrap=True)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL_DIR", help="Directory of a Hugging Face model.")
+]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
+Overwrite = Annotated[
+    bool, typer.Option(help="Replace a model that OUTPUT already holds.", show_default=False)
 ]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens per window; by default a token tensor's width, else 512.")
@@ -32,16 +29,29 @@ DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one by default.")]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        help="Directory for the state of unfinished work, deleted once OUTPUT is written."
-    ),
-]
-Resume = Annotated[bool, typer.Option(help="Go on from the checkpoint of the same command.")]
 Dense = Annotated[
     bool, typer.Option("--dense", help="Leave 2:4 sparse weights to the dense kernels.")
 ]
+
+# Panel and texts of options that mean more or less on a command line than in Python.
+DATA = "Calibration data"
+SOURCE = {
+    "help": "Text file, token tensor (.pt, .safetensors) or dataset name; built-in text by default."
+}
+CHECKPOINT = {"help": "Directory for the state of unfinished work, deleted once OUTPUT is written."}
+RESUME = {"help": "Go on from the checkpoint of the same command."}
+EVALUATION = {"help": "The same, held out, to measure on; by default a bundled text."}
+PROMPT = {
+    "flags": ("--prompt",),
+    "help": "To continue in the report; from the evaluation by default.",
+}
+
+
+class Report(Protocol):
+    """Of a driver."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
 
 
 def open_model(
@@ -84,11 +94,28 @@ def open_tokenizer(model_dir: str) -> Any:
     return load_tokenizer(model_dir)
 
 
-def given_options(context: typer.Context, own: Sequence[str]) -> dict[str, Any]:
-    """The options that were written on the command line, without those in `own`."""
-    given = {}
-    for name, value in context.params.items():
-        source = context.get_parameter_source(name)
-        if name not in own and source is not None and source.name != "DEFAULT":
-            given[name] = value
-    return given
+def write_model(
+    model: Any,
+    output: Path,
+    tokenizer: Any,
+    report: Report,
+    *,
+    overwrite: bool,
+    finished: Path | None = None,
+) -> None:
+    """Save what a driver has made, with the driver's report beside it.
+
+    Args:
+        model, tokenizer: to be saved.
+        output: the directory.
+        report: for llmkern_report.json.
+        overwrite: replace a model that is there.
+        finished: the driver's checkpoint, of no use once the model is saved: deleted.
+    """
+    import llmkern
+    from llmkern.drive import discard
+
+    llmkern.save(model, output, tokenizer, overwrite=overwrite)
+    if finished is not None:
+        discard(finished)
+    (output / "llmkern_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
