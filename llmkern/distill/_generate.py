@@ -24,8 +24,8 @@ class SamplingOptions:
     """How continuations are drawn.
 
     Attributes:
-        max_new_tokens: most tokens of one.
-        sample_temperature: of the softmax that they are drawn from; 0 takes the likeliest token.
+        max_new_tokens: most tokens of a continuation.
+        sample_temperature: of the softmax that tokens are drawn from; 0 takes the likeliest token.
         top_p: draw from the likeliest tokens that have at least this probability together, in (0, 1].
     """
 

@@ -39,7 +39,7 @@ class OnPolicyOptions(SamplingOptions):
     Attributes:
         prompts: file of prompts (.jsonl with {"prompt": ...} a line, or a text with a prompt a line), or
             the prompts; None: the first tokens of the data's windows.
-        prompt_len: how many of those; None: 32.
+        prompt_len: without prompts, first tokens of a window that make one; None: 32.
         chat_template: put prompts into the tokenizer's chat template.
     """
 

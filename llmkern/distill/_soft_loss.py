@@ -36,7 +36,7 @@ class SoftOptions:
     Attributes:
         alpha: weight of the divergence from the teacher, in [0, 1]; 0 trains on the data alone.
         temperature: T of both softmaxes; the divergence is multiplied by T^2.
-        divergence: "forward_kl", "reverse_kl" or "jsd".
+        divergence: from the teacher: "forward_kl", "reverse_kl" or "jsd".
         beta: of "jsd", in (0, 1).
     """
 

@@ -28,7 +28,7 @@ class GkdOptions(OnPolicyOptions):
         on_policy: fraction of the steps that train on the student's samples, in [0, 1]; the others train
             on the data's windows.
         temperature: T of both softmaxes; the divergence is multiplied by T^2.
-        divergence: "jsd", "forward_kl" or "reverse_kl".
+        divergence: from the teacher: "forward_kl", "reverse_kl" or "jsd".
         beta: of "jsd", in (0, 1).
     """
 

@@ -39,9 +39,9 @@ class InContextOptions(SequenceOptions):
     Attributes:
         demonstrations: file of prompts and answers (its lines as in `read_pairs`) that the teacher gets
             as examples.
-        shots: how many before each prompt, chosen by the seed, never the prompt itself.
-        demonstration: how one is written, with {prompt} and {answer}. What follows {answer} in it ends an
-            answer, unless stop says otherwise.
+        shots: examples before each prompt, chosen by the seed, never the prompt itself.
+        demonstration: how an example is written, with {prompt} and {answer}. What follows {answer} in it
+            ends an answer, unless stop says otherwise.
         template: how the prompt is written for the teacher, with {prompt}, as in "{prompt} Let us think
             step by step."; None: as it is.
         alpha: weight of the divergence from the teacher's distributions, in [0, 1]; 0: its text alone.

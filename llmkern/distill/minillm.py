@@ -38,9 +38,9 @@ class MiniLlmOptions(OnPolicyOptions):
     """Options of MiniLLM; those of the samples (all of the vocabulary: top_p is 1), and
 
     Attributes:
-        teacher_mix: a, the share of the teacher in the distribution that tokens are drawn from, in
+        teacher_mix: share a of the teacher in the distribution that tokens are drawn from, in
             [0, 1).
-        importance: "token": w_t = q(y_t) / b(y_t), the paper's approximation, of small variance;
+        importance: weights: "token": w_t = q(y_t) / b(y_t), the paper's approximation, of small variance;
             "sequence": products of these over all tokens up to the one that is weighed, exact.
         max_weight: largest weight; None for no limit.
         length_norm: divide what a token earns by the number of tokens that earn it.

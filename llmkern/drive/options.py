@@ -17,7 +17,7 @@ class DataOptions:
     """How the calibration data is cut and fed.
 
     Attributes:
-        samples: windows.
+        samples: calibration windows.
         seq_len: tokens per window; None takes a tensor's own width, else 512.
         seed: of the choice of windows.
         batch_size: windows per forward.

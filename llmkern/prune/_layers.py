@@ -40,9 +40,9 @@ class LayerOptions:
     Attributes:
         scope: for a sparsity: "layer" compares all weights of a layer, "row" those of each output row,
             so that all rows lose equally many. None is the method's own; a pattern has no scope.
-        allocation: "uniform", or "owl" (arXiv 2310.05175): blocks with fewer outlying weights lose more,
-            the model as much as with "uniform". Needs calibration data and a sparsity; layers with a
-            rule of their own are left out.
+        allocation: sparsity of each block: "uniform", or "owl" (arXiv 2310.05175): blocks with fewer
+            outlying weights lose more, the model as much as with "uniform". Needs calibration data and a
+            sparsity; layers with a rule of their own are left out.
         owl_threshold: a weight is an outlier above so many times its block's mean score; None: 5.
         owl_lambda: how far a block's sparsity may be from the one asked for; None: 0.08.
     """

@@ -15,10 +15,10 @@ class RecoveryOptions:
     """Training after pruning.
 
     Attributes:
-        recovery: "none", "lora" (needs peft; merged afterwards) or "full" (all weights of the blocks),
-            on the calibration windows.
-        recovery_steps: optimizer steps, one batch each.
-        recovery_lr: peak learning rate; None: 1e-4 for "lora", 1e-5 for "full".
+        recovery: training afterwards, on the calibration windows: "none", "lora" (needs peft; merged
+            afterwards) or "full" (all weights of the blocks).
+        recovery_steps: optimizer steps of that training, one batch each.
+        recovery_lr: its peak learning rate; None: 1e-4 for "lora", 1e-5 for "full".
         recovery_rank: rank of LoRA.
     """
 
@@ -74,7 +74,7 @@ class WidthOptions(SizeOptions):
     """Options of the methods that remove neurons or heads.
 
     Attributes:
-        importance: "obs", "activation" or "magnitude" (see `llmkern.prune._scores`).
+        importance: score of a unit: "obs", "activation" or "magnitude" (see `llmkern.prune._scores`).
         compensate: adjust what is left of the matrix that read the removed units, and its bias if it
             has one, so that its outputs change the least.
         damp: fraction of the mean of the Hessian's diagonal that is added to it, in [0, 1).

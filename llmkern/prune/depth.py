@@ -38,8 +38,8 @@ class DepthOptions(SizeOptions):
     """Options of `depth`.
 
     Attributes:
-        blocks: how many to remove, in place of ratio and target_params.
-        criterion: "cosine" or "perplexity".
+        blocks: how many blocks to remove, in place of ratio and target_params.
+        criterion: score of a block: "cosine" or "perplexity".
         iterative: score what is left anew after each removal.
         keep_first, keep_last: blocks at either end that stay.
     """

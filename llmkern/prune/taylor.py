@@ -40,8 +40,8 @@ class TaylorOptions(WidthOptions):
     """Options of `taylor`; `importance` is not one of them.
 
     Attributes:
-        taylor: "param_first", "param_second", "param_mix" or "vectorize".
-        parts: "both", "mlp" or "heads".
+        taylor: score of a unit: "param_first", "param_second", "param_mix" or "vectorize".
+        parts: what goes: "both", "mlp" or "heads".
         gradient_samples: calibration windows whose gradient is taken.
     """
 
