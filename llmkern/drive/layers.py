@@ -273,8 +273,8 @@ class EachGroup(LayerWork):
         function: (group, options) -> result of each layer, by full name.
         statistic: class of what both functions are told of the group's input.
         transform: (group, options) -> None, called for every group of a block before `function` is called
-            for any of them, so that all layers and sources are dense: it may scale the layers' columns and
-            fold the inverse into the group's source. What it changes the journal keeps with the block.
+            for any of them, so that all layers and sources are dense: it may scale the layers' columns
+            and fold the inverse into the group's source. The journal keeps that with the block.
     """
 
     function: Callable[[Group, Any], Mapping[str, Any]]
