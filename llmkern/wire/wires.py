@@ -116,13 +116,13 @@ def use_wire(model: nn.Module, wire: Wire | None) -> None:
 def record_formats(model: nn.Module) -> None:
     """`use_wire` with the format that can hold the model's packed layers, if there is one.
 
-    A model without a transformers config is left alone.
+    A model without a transformers config or without packed layers is left alone.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    config, layers = getattr(model, "config", None), packed_layers(model)
+    if config is None or not hasattr(config, "to_dict") or not layers:
         return
     try:
-        wire = writing_wire(packed_layers(model))
+        wire = writing_wire(layers)
     except ValueError:
         wire = None
     use_wire(model, wire)
