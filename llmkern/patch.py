@@ -15,7 +15,7 @@ from llmkern.formats.int4 import QuantFormat
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.heads import is_head, is_router, shared_weights
 from llmkern.models.linears import find_linears, is_conv1d, shape_of
-from llmkern.nn import PackedLinear, is_packed, packed_class
+from llmkern.nn import is_packed, packed_class
 from llmkern.wire import record_formats
 
 Format = WeightFormat
@@ -161,7 +161,7 @@ def expand_packed(model: nn.Module) -> list[str]:
     Returns:
         The full names of the layers that were packed.
     """
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    packed = {n: m for n, m in model.named_modules() if is_packed(m)}
     for name, module in packed.items():
         model.set_submodule(name, module.to_linear())
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:

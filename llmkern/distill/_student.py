@@ -12,7 +12,7 @@ from torch import nn
 from llmkern.calibrate.data import Source
 from llmkern.models import find_blocks
 from llmkern.models.resize import keep_blocks
-from llmkern.nn._packed_linear import PackedLinear
+from llmkern.nn import is_packed
 from llmkern.patch import expand_packed
 from llmkern.prune import prune
 
@@ -82,4 +82,4 @@ def chosen_blocks(layers: float | int | Sequence[int], depth: int) -> list[int]:
 
 def is_dense(model: nn.Module) -> bool:
     """Whether all weights of `model` can be trained as they are."""
-    return not any(isinstance(module, PackedLinear) for module in model.modules())
+    return not any(is_packed(module) for module in model.modules())

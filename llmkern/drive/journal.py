@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from llmkern._files import sync_entry, sync_tree, write_whole
 from llmkern._version import __version__
 from llmkern.models.linears import is_conv1d, is_linear, set_weight
-from llmkern.nn import PackedLinear
+from llmkern.nn import is_packed
 from llmkern.nn._stored import describe_packed, rebuild_packed
 
 _SETTINGS, _NOTES, _TENSORS, _HIDDEN = (
@@ -101,7 +101,7 @@ class Journal:
         Raises:
             ValueError: the state is damaged (the file is named).
         """
-        self._packed_before = {id(m) for m in blocks.modules() if isinstance(m, PackedLinear)}
+        self._packed_before = {id(m) for m in blocks.modules() if is_packed(m)}
         for index in range(self.finished):
             where = self._block(index)
             state = _read_json(where / _NOTES)
@@ -183,7 +183,7 @@ class Journal:
         tensors = {name: p.detach() for name, p in block.named_parameters()}
         packed = {}
         for name, module in block.named_modules():
-            if isinstance(module, PackedLinear) and id(module) not in self._packed_before:
+            if is_packed(module) and id(module) not in self._packed_before:
                 packed[name], held = describe_packed(module)
                 tensors |= {f"{_PACKED}{name}.{key}": t for key, t in held.items()}
         return packed, {name: t.cpu().contiguous() for name, t in tensors.items()}
@@ -276,7 +276,7 @@ def _describe_model(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         # Of packed layers as in their files: what the kernels hold depends on what has been run.
         held = dict(module.named_parameters(recurse=False))
-        if isinstance(module, PackedLinear):
+        if is_packed(module):
             held |= {k: t for k, t in module._file_tensors().items() if t is not None}
         for key, tensor in held.items():
             digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.models import cache_name
-from llmkern.nn import PackedLinear
+from llmkern.nn import is_packed
 
 _SPEED_RUNS = 5
 _DECODE_PROMPT = 32
@@ -31,7 +31,7 @@ def weight_bytes(model: nn.Module) -> int:
         computed = (
             len(held) == len(buffers) and buffers.keys() <= module._non_persistent_buffers_set
         )
-        if computed and not isinstance(module, PackedLinear):
+        if computed and not is_packed(module):
             continue
         for tensor in held:
             storage = tensor.untyped_storage()

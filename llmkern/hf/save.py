@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llmkern._files import sync_entry, sync_tree
-from llmkern.nn import PackedLinear
+from llmkern.nn import PackedLinear, is_packed
 from llmkern.wire import WIRES, packed_layers, use_wire, writing_wire
 from llmkern.wire.checkpoint_files import CONFIG
 
@@ -111,7 +111,7 @@ def _choose_form(
 
 def _check_space(model: nn.Module, directory: Path) -> None:
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    whole = [m for m in model.modules() if isinstance(m, PackedLinear) and m.WRITTEN_DENSE]
+    whole = [m for m in model.modules() if is_packed(m) and m.WRITTEN_DENSE]
     dense = sum(m.in_features * m.out_features * m.dtype.itemsize for m in whole)
     need, free = sum(tensors.values()) + dense, shutil.disk_usage(directory).free
     if need > free:

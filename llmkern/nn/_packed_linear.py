@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -266,6 +266,6 @@ class PackedLinear(nn.Linear):
         super()._load_from_state_dict(*args)
 
 
-def is_packed(module: nn.Module) -> bool:
+def is_packed(module: nn.Module) -> TypeGuard[PackedLinear]:
     """Whether a module is one of the packed linears."""
     return isinstance(module, PackedLinear)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmkern.evaluate import evaluate, next_token_logits, score_logits
 from llmkern.models import evaluation_mode, find_blocks, text_config
-from llmkern.nn import PackedLinear
+from llmkern.nn import is_packed
 
 NEW_TOKENS = 64
 _PROMPT_TOKENS = 24
@@ -57,7 +57,7 @@ def measure(
 def count_parameters(model: nn.Module) -> int:
     """Weights of a model, tied ones once; a packed layer counts as the N * K weights it stands for."""
     parameters = {id(p): p.numel() for p in model.parameters()}
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    packed = [module for module in model.modules() if is_packed(module)]
     return sum(parameters.values()) + sum(p.out_features * p.in_features for p in packed)
 
 

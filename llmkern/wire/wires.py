@@ -8,7 +8,7 @@ from torch import nn
 
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.linears import find_linears
-from llmkern.nn import PackedLinear
+from llmkern.nn import PackedLinear, is_packed
 from llmkern.wire._wire import Wire
 from llmkern.wire.bitsandbytes import Bitsandbytes
 from llmkern.wire.checkpoint_files import CheckpointFiles
@@ -41,7 +41,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {
         name: module
         for name, module in find_linears(model).items()
-        if isinstance(module, PackedLinear) and not module.WRITTEN_DENSE
+        if is_packed(module) and not module.WRITTEN_DENSE
     }
 
 
