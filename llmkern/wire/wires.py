@@ -48,6 +48,10 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
 def writing_wire(layers: Mapping[str, PackedLinear], name: str | None = None) -> Wire:
     """The first format that can hold layers; with a name, that one.
 
+    Args:
+        layers: by full name; one at least.
+        name: of a format.
+
     Raises:
         ValueError: there is none; says which layers are in the way and what to do.
     """
@@ -121,8 +125,9 @@ def record_formats(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return
+    layers = packed_layers(model)
     try:
-        wire = writing_wire(packed_layers(model))
+        wire = writing_wire(layers) if layers else None
     except ValueError:
         wire = None
     use_wire(model, wire)
