@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmkern.drive import find_method
+from llmkern.prune import METHODS
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -64,11 +67,16 @@ def _quantize(bits: int) -> list[Variant]:
     ]
 
 
+def _calibrates(method: str) -> bool:
+    kind = find_method(METHODS, method)
+    return kind.work.needs(kind.options()).tokens
+
+
 def _prune() -> list[Variant]:
     """Single weights: the three methods at 50 % and 2:4."""
     amounts: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
     return [
-        Variant(f"{method} {label}", "prune", method, amount, calibrated=method != "magnitude")
+        Variant(f"{method} {label}", "prune", method, amount, calibrated=_calibrates(method))
         for label, amount in amounts.items()
         for method in ("magnitude", "wanda", "sparsegpt")
     ]

@@ -500,13 +500,11 @@ class Bytes(Wire):
     """`name.rounded` and `name.unit` in place of a weight."""
 
     name = "bytes"
+    kinds = (ByteLinear,)
     takes = "a model of bytes"
 
     def reader(self, files: CheckpointFiles) -> BytesReader:
         return BytesReader(files)
-
-    def holds(self, layer: PackedLinear) -> bool:
-        return isinstance(layer, ByteLinear)
 
     def describe(
         self, layers: Mapping[str, PackedLinear], dense: Sequence[str], stacks: Sequence[str]

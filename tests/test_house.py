@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import llmkern
-from llmkern import _backends, ops
+from llmkern import _backends, formats, nn, ops, wire
+from llmkern.formats.lut4 import CodebookFormat
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_FILES = [
@@ -147,6 +151,67 @@ def test_nothing_imports_the_command_line_or_the_benchmarks(folder: str) -> None
         assert not benchmarks & {name.split(".")[0] for name in imports(path)}, path
         if path.parent.name != "cli" and path.name != "__main__.py":
             assert "cli" not in imports_of_ours(path), path
+
+
+def all_methods() -> list[Any]:
+    drivers = ("prune", "quantize", "distill")
+    return [m for d in drivers for m in importlib.import_module(f"llmkern.{d}").METHODS]
+
+
+def constants(node: ast.AST) -> set[object]:
+    return {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+
+
+def asks_for_a_method(node: ast.AST, names: set[str]) -> bool:
+    """Whether a comparison is one of a method's name."""
+    if not isinstance(node, ast.Compare):
+        return False
+    sides = [node.left, *node.comparators]
+    named = [side for side in sides if constants(side) & names]
+    others = " ".join(ast.unparse(side) for side in sides if side not in named)
+    return bool(named) and re.search(r"method|kind\.name|\bname\b", others) is not None
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_method_is_asked_for_by_its_name(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    names = {method.name for method in all_methods()}
+    asking = [node.lineno for node in ast.walk(tree) if asks_for_a_method(node, names)]
+    assert not asking, f"{path.relative_to(ROOT)}:{asking}"
+
+
+def test_that_a_question_for_a_method_is_seen() -> None:
+    for code in ("self.method == 'gptq'", "method in ('nf4', 'fp4')", "kind.name != 'depth'"):
+        assert asks_for_a_method(ast.parse(code, mode="eval").body, {"gptq", "nf4", "depth"})
+    code = "options.importance == 'magnitude'"
+    assert not asks_for_a_method(ast.parse(code, mode="eval").body, {"magnitude"})
+
+
+def classes_asked_for(tree: ast.AST) -> set[str]:
+    """Names of the classes in isinstance(x, ...) and type(x) is ..."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        kinds: list[ast.AST] = []
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            kinds = list(node.args[1:])
+        elif isinstance(node, ast.Compare) and ast.unparse(node.left).startswith("type("):
+            kinds = list(node.comparators)
+        found |= {n.id for kind in kinds for n in ast.walk(kind) if isinstance(n, ast.Name)}
+        found |= {n.attr for kind in kinds for n in ast.walk(kind) if isinstance(n, ast.Attribute)}
+    return found
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_ladder_asks_which_module_format_or_method_it_holds(path: Path) -> None:
+    kinds = {*nn.PACKED, nn.PackedLinear, *formats.FORMATS, CodebookFormat}
+    kinds |= {type(entry) for entry in wire.WIRES}
+    for method in all_methods():
+        kinds |= {method.options, type(getattr(method, "work", method))}
+    own = {kind for kind in kinds if Path(inspect.getfile(kind)).resolve() == path.resolve()}
+    own |= {base for kind in own for base in kind.__mro__}  # a module may stand for its base
+    elsewhere = {kind.__name__ for kind in kinds - own}
+    asked = classes_asked_for(ast.parse(path.read_text())) & elsewhere
+    assert not asked, f"{path.relative_to(ROOT)} asks for {asked}"
 
 
 def test_kernels_know_nothing_of_torch() -> None:

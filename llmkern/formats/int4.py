@@ -47,6 +47,11 @@ class QuantFormat:
             raise ValueError(f"bits: got {self.bits}, expected one of {BITS}")
         check_groups(self.group_size)
 
+    @property
+    def book(self) -> None:
+        """Codes are numbers, not places in a book."""
+        return None
+
     def groups(self, K: int) -> int:
         """K-elements per scale for a weight with K columns.
 

@@ -77,6 +77,16 @@ class LutFormat:
         """There are no zero points."""
         return True
 
+    @property
+    def book(self) -> Tensor:
+        """The values of the codes, float32 [16]."""
+        return CODEBOOKS[self.codebook]
+
+    @property
+    def scaled(self) -> bool:
+        """Blocks have a scale."""
+        return True
+
     def groups(self, K: int) -> int:
         """Elements per scale; blocks run across the ends of rows."""
         return self.block_size
@@ -131,6 +141,21 @@ class CodebookFormat:
         if self.scaled and not bool((self.codebook != 0).any(-1).all()):
             raise ValueError("codebook: got a book of zeros, which no scale can fit")
         check_groups(self.group_size)
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4
+
+    @property
+    def symmetric(self) -> bool:
+        """There are no zero points."""
+        return True
+
+    @property
+    def book(self) -> Tensor:
+        """The values of the codes."""
+        return self.codebook
 
     def groups(self, K: int) -> int:
         """K-elements per scale for a weight with K columns.

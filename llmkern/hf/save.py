@@ -99,13 +99,17 @@ def _choose_form(
     model: PreTrainedModel, layers: Mapping[str, PackedLinear], format: str | None
 ) -> None:
     """Give the model the names and the config of the format that it will be written in."""
+    foreign = getattr(model, "hf_quantizer", None) is not None
+    if format is not None and (foreign or not layers):
+        why = "transformers' quantizer writes it" if foreign else "no layer of it is packed"
+        raise ValueError(f"format: got {format!r}, expected None for this model: {why}")
     wire = writing_wire(layers, format)
     unread = wire.unread(model, layers)
     if unread is not None:
         # Silence would mean random weights there.
         warnings.warn(f"save: {unread}: the directory loads with llmkern.load", stacklevel=3)
     # Where transformers holds on to layers, the config is that of the package that loaded them.
-    if getattr(model, "hf_quantizer", None) is None:
+    if not foreign:
         use_wire(model, wire)
 
 

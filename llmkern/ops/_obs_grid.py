@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern.formats.int4 import BITS, QuantFormat
-from llmkern.formats.lut4 import CODEBOOKS, CodebookFormat, LutFormat
+from llmkern.formats.lut4 import CodebookFormat, LutFormat
 from llmkern.ops._library import DTYPE_CODES, FLOATS, expect, pointer
 from llmkern.reference.obs_quantize import group_grid
 
@@ -89,26 +89,25 @@ def grid_options(
             0 where weights are pruned.
     """
     K = w.shape[-1]
-    if isinstance(fmt, QuantFormat):
-        return GridOptions(
-            None, None, True, fmt.bits, fmt.groups(K), fmt.symmetric, clip_search, scale_dtype
-        )
-    if isinstance(fmt, LutFormat):
-        if K % fmt.block_size:
-            raise ValueError(
-                f"{op}: block_size: got {fmt.block_size}, expected a divisor of K = {K}: a scale must "
-                "lie inside a row"
-            )
-        fmt = CodebookFormat(CODEBOOKS[fmt.codebook], fmt.block_size)
     group_size = fmt.groups(K)
-    book = _four_axes(op, fmt.codebook.to(w.device), w, K // group_size)
+    if fmt.book is None:
+        return GridOptions(
+            None, None, True, fmt.bits, group_size, fmt.symmetric, clip_search, scale_dtype
+        )
+    if K % group_size:
+        raise ValueError(
+            f"{op}: block_size: got {group_size}, expected a divisor of K = {K}: a scale must lie inside "
+            "a row"
+        )
+    book = _four_axes(op, fmt.book.to(w.device), w, K // group_size)
     if masked and not bool((book == 0).any(-1).all()):
         raise ValueError(f"{op}: codebook: got a book without 0, which pruned weights need")
     values, order = book.sort(dim=-1, stable=True)
     # Of equal entries the first: its code is the one that is given out.
     first = torch.searchsorted(values, values)
     codes = order.gather(-1, first).to(torch.uint8)
-    return GridOptions(values, codes, fmt.scaled, 4, group_size, True, clip_search, scale_dtype)
+    options = (fmt.bits, group_size, fmt.symmetric, clip_search, scale_dtype)
+    return GridOptions(values, codes, fmt.scaled, *options)
 
 
 def _four_axes(op: str, book: Tensor, w: Tensor, groups: int) -> Tensor:

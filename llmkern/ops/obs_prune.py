@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.formats.int4 import QuantFormat
 from llmkern.ops import _obs_gpu
 from llmkern.ops._hessian_factor import HessianFactor
 from llmkern.ops._library import pointer, register
@@ -283,7 +282,7 @@ def obs_prune(
         for tensors in zip(*parts, strict=True)
     )
     met = outcome(factors)
-    integer_zeros = isinstance(fmt, QuantFormat) and not fmt.symmetric
+    integer_zeros = fmt is not None and not fmt.symmetric
     return PruneResult(
         w_hat,
         out_mask,

@@ -236,11 +236,10 @@ def obs_quantize(
         for tensors in zip(*parts, strict=True)
     )
     met = outcome(factors)
-    integer_zeros = isinstance(fmt, QuantFormat) and not fmt.symmetric
     return ObsResult(
         codes,
         scales.to(scale_dtype),
-        zeros.to(torch.uint8) if integer_zeros else None,
+        None if fmt.symmetric else zeros.to(torch.uint8),
         w_hat,
         loss,
         met.damp,

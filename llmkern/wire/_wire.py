@@ -59,6 +59,8 @@ class Wire:
 
     # Its `quant_method` in config.json.
     name: ClassVar[str]
+    # Packed modules that it holds, by their classes in `llmkern.nn.PACKED`.
+    kinds: ClassVar[tuple[type[PackedLinear], ...]] = ()
     # What `take_over` takes, for messages.
     takes: ClassVar[str | None] = None
 
@@ -80,7 +82,7 @@ class Wire:
 
     def holds(self, layer: PackedLinear) -> bool:
         """Whether layers of this kind can be written, as far as one says without its values."""
-        return False
+        return isinstance(layer, self.kinds)
 
     def refuse(self, layers: Mapping[str, PackedLinear]) -> str | None:
         """Why these layers, which it holds one by one, cannot make up one checkpoint, or None."""

@@ -6,7 +6,7 @@ The tensors of a layer are those of `llmkern.formats.bitsandbytes`; a checkpoint
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -28,22 +28,18 @@ class Bitsandbytes(Wire):
     """Holds `Lut4Linear` layers of bitsandbytes' tables and blocks."""
 
     name = "bitsandbytes"
+    kinds = (Lut4Linear,)
     takes = "one in bitsandbytes' 4 bits"
 
     def reader(self, files: CheckpointFiles) -> _Reader:
         """Refuses what is not in 4 bits."""
         return _Reader(files)
 
-    def holds(self, layer: PackedLinear) -> bool:
-        """Layers of codes into a book."""
-        return isinstance(layer, Lut4Linear)
-
     def refuse(self, layers: Mapping[str, PackedLinear]) -> str | None:
         """Why the layers are not of one of bitsandbytes' tables, in its blocks."""
         first: tuple[str, str] | None = None
         for name, layer in layers.items():
-            assert isinstance(layer, Lut4Linear)
-            kind = codebook_name(layer.codebook)
+            kind = codebook_name(cast(Tensor, layer.codebook))
             if kind is None or not layer.scaled:
                 return (
                     f"{name}: got a book of its own or no scales, expected the NF4 or FP4 table: no "
@@ -69,12 +65,11 @@ class Bitsandbytes(Wire):
     ) -> dict[str, Any]:
         """The table of all layers, and the dtype to compute in."""
         layer = next(iter(layers.values()))
-        assert isinstance(layer, Lut4Linear)
         return {
             "quant_method": self.name,
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": codebook_name(layer.codebook),
+            "bnb_4bit_quant_type": codebook_name(cast(Tensor, layer.codebook)),
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": str(layer.dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",

@@ -29,6 +29,7 @@ class CompressedTensors(Wire):
     """Holds `Int4Linear` layers, whose own tensors are the format's."""
 
     name = "compressed-tensors"
+    kinds = (Int4Linear,)
     takes = "a compressed-tensors model from from_pretrained (with compressed-tensors installed)"
 
     def reader(self, files: CheckpointFiles) -> _Reader:
@@ -37,15 +38,11 @@ class CompressedTensors(Wire):
         _check_tensor_names(files)
         return _Reader(files, scheme)
 
-    def holds(self, layer: PackedLinear) -> bool:
-        """Layers of integer codes."""
-        return isinstance(layer, Int4Linear)
-
     def describe(
         self, layers: Mapping[str, PackedLinear], dense: Sequence[str], stacks: Sequence[str]
     ) -> dict[str, Any]:
         """One group of modules per format."""
-        formats = {name: m.format for name, m in layers.items() if isinstance(m, Int4Linear)}
+        formats: dict[str, Any] = {name: layer.format for name, layer in layers.items()}
         # Readers that unfuse the experts look each one up by its own name.
         return describe_formats(formats, [*dense, *(f"re:{name}.*" for name in stacks)])
 
@@ -202,7 +199,7 @@ class _Reader:
     def fill(self, model: PreTrainedModel) -> None:
         where = self.files.directory
         for name, layer in model.named_modules():
-            if not isinstance(layer, Int4Linear):
+            if not isinstance(layer, CompressedTensors.kinds):
                 continue
             _repack(layer)
             tensors = {key: t for key, t in layer.state_dict().items() if not t.is_meta}

@@ -48,6 +48,10 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
 def writing_wire(layers: Mapping[str, PackedLinear], name: str | None = None) -> Wire:
     """The first format that can hold layers; with a name, that one.
 
+    Args:
+        layers: by full name; one at least.
+        name: of a format.
+
     Raises:
         ValueError: there is none; says which layers are in the way and what to do.
     """
@@ -116,13 +120,14 @@ def use_wire(model: nn.Module, wire: Wire | None) -> None:
 def record_formats(model: nn.Module) -> None:
     """`use_wire` with the format that can hold the model's packed layers, if there is one.
 
-    A model without a transformers config or without packed layers is left alone.
+    A model without a transformers config is left alone.
     """
-    config, layers = getattr(model, "config", None), packed_layers(model)
-    if config is None or not hasattr(config, "to_dict") or not layers:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
         return
+    layers = packed_layers(model)
     try:
-        wire = writing_wire(layers)
+        wire = writing_wire(layers) if layers else None
     except ValueError:
         wire = None
     use_wire(model, wire)

@@ -192,6 +192,15 @@ def test_its_place_in_the_list_decides(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_format_is_named_for_packed_layers_only(
+    books: Books, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"format: got 'books', expected None .*is packed"):
+        llmkern.save(model, tmp_path / "model", format="books")
+    llmkern.wire.record_formats(model)
+    assert not hasattr(model.config, "quantization_config")
+
+
 def test_accelerate_uses_it(books: Books, model: LlamaForCausalLM, tmp_path: Path) -> None:
     wanted = logits(with_a_book_of_its_own(model))
     for name, layer in llmkern.wire.packed_layers(model).items():
