@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,7 +22,7 @@ def build_wheel(folder: Path, **env: str) -> tuple[set[str], str]:
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
     result = subprocess.run(
         [*command, "-w", str(folder), str(ROOT)],
-        env={**os.environ, "LLMKERN_BUILD_CUDA": "0", **env},
+        env={**os.environ, "LLMKERN_BUILD_CUDA": "0", "LLMKERN_CPU_ISAS": "all", **env},
         capture_output=True,
         text=True,
     )
@@ -29,8 +32,62 @@ def build_wheel(folder: Path, **env: str) -> tuple[set[str], str]:
     return set(zipfile.ZipFile(wheel).namelist()), output
 
 
+AVX2 = "fma avx f16c avx2"
+AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
+BF16 = f"{AVX512} avx512vbmi avx512_vnni avx512_bf16"
+CPUS = {
+    "old": ("GenuineIntel", "sse4_2 avx", ["portable"]),
+    "avx2": ("AuthenticAMD", AVX2, ["portable", "avx2"]),
+    "avx512": ("GenuineIntel", AVX512, ["portable", "avx2", "avx512"]),
+    "bf16": ("GenuineIntel", BF16, ["portable", "avx2", "avx512", "avx512bf16"]),
+    "zen4": ("AuthenticAMD", BF16, ["portable", "avx2", "avx512", "avx512bf16", "zen4"]),
+    "amx": (
+        "GenuineIntel",
+        f"{BF16} amx_bf16 amx_tile amx_int8",
+        ["portable", "avx2", "avx512", "avx512bf16", "amx"],
+    ),
+}
+
+
+@pytest.fixture
+def isas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
+    """The instruction sets that setup.py compiles for LLMKERN_CPU_ISAS on a CPU of /proc/cpuinfo."""
+    monkeypatch.setenv("LLMKERN_BUILD_CUDA", "0")
+    with mock.patch("setuptools.setup"):
+        select = runpy.run_path(str(ROOT / "setup.py"))["cpu_isas"]
+
+    def chosen(choice: str, cpuinfo: str) -> list[str]:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+        monkeypatch.setitem(select.__globals__, "CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setenv("LLMKERN_CPU_ISAS", choice)
+        with mock.patch("platform.machine", return_value="x86_64"):
+            return list(select())
+
+    return chosen
+
+
+@pytest.mark.parametrize(("vendor", "flags", "expected"), CPUS.values(), ids=CPUS)
+def test_native_sets_are_those_that_the_cpu_runs(
+    vendor: str, flags: str, expected: list[str], isas: Callable[[str, str], list[str]]
+) -> None:
+    info = f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags} ht\nvmx flags\t: vnmi\n"
+    assert isas("native", info) == expected
+    assert isas("all", info) == isas("native", "no such line") == isas("", info)
+    assert len(isas("all", info)) == 6
+
+
+def test_sets_can_be_listed_and_portable_is_always_there(
+    isas: Callable[[str, str], list[str]],
+) -> None:
+    assert isas("amx;avx2", "") == ["portable", "avx2", "amx"]
+    with pytest.raises(SystemExit, match="LLMKERN_CPU_ISAS: got 'avx3', expected all, native or"):
+        isas("avx3", "")
+
+
 def test_wheel_holds_only_llmkern(tmp_path: Path) -> None:
-    names, _ = build_wheel(tmp_path)
+    """All instruction sets, of which an in-place build for this machine may have left out some."""
+    names, output = build_wheel(tmp_path)
+    assert "Package would be ignored" not in output
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"llmkern"}
     assert "llmkern/triton_kernels/w4a16_gemm.py" in names
