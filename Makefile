@@ -43,13 +43,16 @@ LLMKERN_CPU_ISAS="$${LLMKERN_CPU_ISAS-native}" LLMKERN_BUILD_CUDA="$${LLMKERN_BU
   TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$(GPUS)}"
 endef
 
+# One worker per core, where the environment has pytest-xdist.
+WORKERS = $(if $(shell $(PY) -c 'import xdist' 2>/dev/null && echo yes),-n logical --maxprocesses 8 --dist worksteal)
+
 .PHONY: demo test wheel bench bench-peers gpu lint sanitize cross clean build
 
 demo: build
 	$(LLMKERN) demo $(ARGS)
 
 test: build
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(WORKERS) $(ARGS)
 
 # For other machines: every instruction set, and CUDA for every GPU that we build for, if nvcc is there.
 wheel: $(READY)

@@ -8,13 +8,22 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Builds of a package write into the tree: one at a time, whichever worker they run on."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with FileLock(ROOT / "build" / "package.lock"):
+        yield
 
 
 def build_wheel(folder: Path, **env: str) -> tuple[set[str], str]:

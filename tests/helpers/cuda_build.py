@@ -17,7 +17,18 @@ DEPS = ["-MMD", "-MF", "{deps}"]
 def job(source: Path) -> tuple[str, list[str | Path]]:
     """Arguments of `compile_once`; ptxas reports on each kernel. No include path but ours."""
     targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHS]
-    command = ["nvcc", *FLAGS, *targets, "-Xptxas=-v", "--threads=2", *DEPS, "-c", source, "-o", "{out}"]
+    command = [
+        "nvcc",
+        *FLAGS,
+        *targets,
+        "-Xptxas=-v",
+        "--threads=2",
+        *DEPS,
+        "-c",
+        source,
+        "-o",
+        "{out}",
+    ]
     return f"cuda/{source.stem}.o", command
 
 
