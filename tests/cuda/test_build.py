@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -54,16 +52,6 @@ def test_flags_pair_virtual_and_real_architectures(setup_script):
 def test_unknown_arch_entries_are_refused(entry, setup_script):
     with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: got '{entry}'"):
         setup_script["cuda_targets"](f"8.0;{entry}")
-
-
-def test_asking_for_cuda_without_nvcc_fails(tmp_path):
-    env = {**os.environ, "LLMKERN_BUILD_CUDA": "1", "PATH": str(tmp_path)}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert result.stderr.strip().endswith(
-        "LLMKERN_BUILD_CUDA=1, but nvcc or a C++ compiler is not on PATH"
-    )
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)])

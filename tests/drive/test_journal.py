@@ -306,7 +306,8 @@ print(deaths)
 """
 
 
-@pytest.mark.parametrize("case", ["gptq", "sparsegpt", "glu", "glu_uneven"])
+# Packed layers and smaller ones: what the journal puts back is of these two kinds.
+@pytest.mark.parametrize("case", ["gptq", "glu_uneven"])
 def test_killed_at_random_points(case: str, tmp_path: Path) -> None:
     script, out = tmp_path / "lives.py", tmp_path / "out.pt"
     script.write_text(LIVES)

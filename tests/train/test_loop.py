@@ -82,8 +82,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
-@pytest.mark.parametrize("stop", [3, 5, 6])
+@pytest.mark.parametrize(("optimizer", "stop"), [("adamw", 3), ("lion", 5), ("adamw", 6)])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(optimizer, stop, tmp_path):
     options = dataclasses.replace(
         OPTIONS, optimizer=optimizer, checkpoint=tmp_path, checkpoint_every=2, resume=True

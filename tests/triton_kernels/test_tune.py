@@ -24,22 +24,30 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("key", KEYS, ids=lambda k: f"{k.op}-{k.x}-{k.sms}-{k.M}-{k.N}-{k.K}")
-def test_candidates_serve_their_class(key: Key) -> None:
+@pytest.mark.parametrize("op", tune_triton.OPS)
+@pytest.mark.parametrize("x", tune_triton.KINDS)
+def test_candidates_serve_their_class(op: str, x: str) -> None:
+    keys = [key for key in KEYS if (key.op, key.x) == (op, x)]
+    assert keys
+    for key in keys:
+        check_candidates(key)
+
+
+def check_candidates(key: Key) -> None:
     M, N, K = tune_triton.shape_of(key)
     found = tune_triton.tiles(key)
-    assert len(found) == len(set(found))
-    assert found[0] == replace(tune_triton.estimate(key), SPLIT_K=1), "the estimate comes first"
+    assert len(found) == len(set(found)), key
+    assert found[0] == replace(tune_triton.estimate(key), SPLIT_K=1), f"{key}: the estimate first"
     for tile in found:
-        assert tile.kernel == ("gemv" if M <= tune_triton.GEMV_ROWS else "tile")
-        assert tile.kernel == "tile" or tile.BLOCK_M >= M
+        assert tile.kernel == ("gemv" if M <= tune_triton.GEMV_ROWS else "tile"), (key, tile)
+        assert tile.kernel == "tile" or tile.BLOCK_M >= M, (key, tile)
         each = tune_triton.splits(key, tile)
-        assert each
+        assert each, (key, tile)
         for config in each:
-            assert replace(config, SPLIT_K=1) == tile
+            assert replace(config, SPLIT_K=1) == tile, (key, config)
             programs = -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N) * config.SPLIT_K
-            assert config.SPLIT_K == 1 or programs <= 20 * key.sms
-            assert config.SPLIT_K == 1 or K // config.SPLIT_K >= 2 * tile.BLOCK_K
+            assert config.SPLIT_K == 1 or programs <= 20 * key.sms, (key, config)
+            assert config.SPLIT_K == 1 or K // config.SPLIT_K >= 2 * tile.BLOCK_K, (key, config)
 
 
 def test_a_tuned_row_takes_the_place_of_the_estimate_and_the_others_stay() -> None:
