@@ -46,13 +46,17 @@ endef
 # One worker per core, where the environment has pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist' 2>/dev/null && echo yes),-n logical --maxprocesses 8 --dist worksteal)
 
-.PHONY: demo test wheel bench bench-peers gpu lint sanitize cross clean build
+.PHONY: demo test test-fast wheel bench bench-peers gpu lint sanitize cross clean build
 
 demo: build
 	$(LLMKERN) demo $(ARGS)
 
 test: build
 	$(PYTEST) $(WORKERS) $(ARGS)
+
+# The inner loop: every op and module once, nothing that waits for a compiler or a whole run.
+test-fast: build
+	$(PYTEST) $(WORKERS) -m "not slow" $(ARGS)
 
 # For other machines: every instruction set, and CUDA for every GPU that we build for, if nvcc is there.
 wheel: $(READY)

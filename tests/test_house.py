@@ -193,6 +193,7 @@ def test_no_test_or_bench_folder_is_a_package() -> None:
     assert not (ROOT / "conftest.py").exists()
 
 
+@pytest.mark.slow
 def test_import_brings_torch_only() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import llmkern; "
@@ -206,6 +207,7 @@ def test_import_brings_torch_only() -> None:
     assert result.stdout.strip() == ""
 
 
+@pytest.mark.slow
 def test_kernel_folder_does_not_pass_for_openais_package() -> None:
     result = subprocess.run(
         [sys.executable, "-c", "import triton_kernels"], capture_output=True, text=True, cwd=ROOT

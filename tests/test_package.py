@@ -93,6 +93,7 @@ def test_sets_can_be_listed_and_portable_is_always_there(
         isas("avx3", "")
 
 
+@pytest.mark.slow
 def test_wheel_holds_only_llmkern(tmp_path: Path) -> None:
     """All instruction sets, of which an in-place build for this machine may have left out some."""
     names, output = build_wheel(tmp_path)
@@ -106,6 +107,7 @@ def test_wheel_holds_only_llmkern(tmp_path: Path) -> None:
     assert any(name.startswith("llmkern/_cpu.") for name in names)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_package_still_builds_and_says_so_once(tmp_path: Path) -> None:
     names, output = build_wheel(tmp_path, PATH=str(tmp_path), CXX="")
     assert not any(name.startswith(("llmkern/_cpu.", "llmkern/_cuda.")) for name in names)
@@ -113,6 +115,7 @@ def test_without_a_compiler_the_package_still_builds_and_says_so_once(tmp_path: 
     assert output.count("no C++ compiler found") == 1
 
 
+@pytest.mark.slow
 def test_cuda_build_that_is_demanded_and_impossible_fails(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
@@ -127,6 +130,7 @@ def test_cuda_build_that_is_demanded_and_impossible_fails(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.slow
 def test_source_archive_can_be_built_from(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -137,6 +141,7 @@ def test_source_archive_can_be_built_from(tmp_path: Path) -> None:
     assert "triton_kernels/w4a16_gemm.py" in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["llmkern._cpu", "triton"])
 def test_package_works_without_optional_parts(missing: str) -> None:
     code = (

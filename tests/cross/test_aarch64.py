@@ -37,6 +37,7 @@ def check_here(folder: str, compiler: str, run: list[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_portable_kernels_compute_the_same_on_aarch64():
     lacking = [tool for tool in (COMPILER, EMULATOR) if not shutil.which(tool)]
     if lacking:

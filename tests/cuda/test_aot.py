@@ -23,7 +23,10 @@ USAGE = re.compile(
     re.DOTALL,
 )
 
-pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH"),
+]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -22,7 +22,7 @@ kinds = pytest.mark.parametrize("values", ["zeros", "nf4", "row", "group"])
 
 
 @pytest.fixture(
-    params=[80, 90],
+    params=[pytest.param(80, marks=pytest.mark.slow), 90],
     ids=["sm80", "sm90"],
 )
 def sm(request, emulator, monkeypatch):
@@ -69,6 +69,7 @@ def test_dequantize_returns_the_same_bits(case, both_orders, guarded):
         assert torch.equal(out, case.dense(weight, dtype))
 
 
+@pytest.mark.slow
 @halves
 @kinds
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 192])
@@ -90,6 +91,7 @@ RINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "rows", "stages"), RINGS)
 def test_rings_wrap(values, rows, stages, both_orders, monkeypatch):
     config = Config("tile", rows, 1, True, stages)
@@ -112,6 +114,7 @@ SLICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bulk", "rows", "split"), SLICES.values(), ids=SLICES)
 def test_slices_of_k_add_up_in_every_tile(bulk, rows, split, both_orders, monkeypatch):
     monkeypatch.setattr(
@@ -187,6 +190,7 @@ def test_dense_tier(M, dtype, bias, values, emulator, monkeypatch):
     case.check(out, x, weight, bias, slack=2)
 
 
+@pytest.mark.slow
 @kinds
 def test_opcheck(values, emulator):
     case = CodeCase(3, 70, 96, 32, values)

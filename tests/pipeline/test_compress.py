@@ -39,6 +39,7 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
+@pytest.mark.slow
 def test_command_compresses_and_reports(compress, recipe, model_dir, tokens, held_out, tmp_path):
     out = tmp_path / "out"
     given = [model_dir, "-o", out, "--recipe", recipe, "--calibration", tokens]

@@ -280,6 +280,7 @@ print("LOSSES", json.dumps(t.losses(report)), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     outputs = run_in_two_processes(SCRIPT.format(here=str(Path(__file__).parent)), tmp_path)
     one = losses(fit(Model(), data(), dataclasses.replace(OPTIONS, batch_size=4)))

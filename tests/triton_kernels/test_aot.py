@@ -21,6 +21,8 @@ HESSIAN = "hessian_update_kernel"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes per block, CUDA C++ Programming Guide
 GROUP_SIZES = (32, 64, 96, 128, 4096)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:

@@ -76,6 +76,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_dry_run_lists_candidates_and_what_the_compiler_says(tmp_path: Path) -> None:
     table = tmp_path / "configs.json"
     table.write_text(configs.PATH.read_text())
@@ -93,6 +94,7 @@ def test_dry_run_lists_candidates_and_what_the_compiler_says(tmp_path: Path) -> 
     assert table.read_text() == configs.PATH.read_text(), "a dry run writes nothing"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_and_not_timed() -> None:
     # 128 x 128 with five stages of 128 columns each takes more than the 163 KB of sm_80.
     code = (
@@ -107,6 +109,7 @@ def test_what_does_not_fit_is_told_and_not_timed() -> None:
     assert "bytes of shared memory, at most" in result.stdout, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
