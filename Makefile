@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   interpreter that .venv is made with
 #   VENV=               use the environment of $(PYTHON) as it is: build in place, install nothing
 #   TORCH=torch==2.13.0 what pip is asked for instead of the CPU build
+#   ARGS=               arguments for the command that runs, e.g. make test ARGS="-k w4a16"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,13 +34,33 @@ $(if $(TORCH),$(PY) -m pip install -q "$(TORCH)",\
   $(PY) -m pip install -q "torch==$(TORCH_VERSION)" --index-url https://download.pytorch.org/whl/cpu)
 endef
 
-.PHONY: demo test bench bench-peers gpu lint sanitize cross clean build
+# What is built in place is for this machine alone: its instruction sets, and CUDA for its GPU, if it has
+# one. The environment has the last word; `make wheel` and `pip install .` build for every machine.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+  sed 's/^9\.0$$/9.0a/' | grep -E '^([89]|[1-9][0-9])\.[0-9]a?$$' | sort -u | paste -sd ';' -)
+define for_this_machine
+LLMKERN_CPU_ISAS="$${LLMKERN_CPU_ISAS-native}" LLMKERN_BUILD_CUDA="$${LLMKERN_BUILD_CUDA-$(if $(GPUS),auto,0)}" \
+  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$(GPUS)}"
+endef
+
+# One worker per core, where the environment has pytest-xdist.
+WORKERS = $(if $(shell $(PY) -c 'import xdist' 2>/dev/null && echo yes),-n logical --maxprocesses 8 --dist worksteal)
+
+.PHONY: demo test test-fast wheel bench bench-peers gpu lint sanitize cross clean build
 
 demo: build
 	$(LLMKERN) demo $(ARGS)
 
 test: build
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(WORKERS) $(ARGS)
+
+# The inner loop: every op and module once, nothing that waits for a compiler or a whole run.
+test-fast: build
+	$(PYTEST) $(WORKERS) -m "not slow" $(ARGS)
+
+# For other machines: every instruction set, and CUDA for every GPU that we build for, if nvcc is there.
+wheel: $(READY)
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 bench: build
 	$(RUN) bench/run_all.py $(ARGS)
@@ -66,7 +87,7 @@ lint: $(READY)
 # The CPU kernels under AddressSanitizer and UBSan, on every instruction set that this machine has.
 sanitize: SANITIZERS = -fsanitize=address,undefined
 sanitize: $(READY)
-	LLMKERN_BUILD_CUDA=0 CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=undefined -O1 -g" \
+	LLMKERN_BUILD_CUDA=0 LLMKERN_CPU_ISAS=native CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=undefined -O1 -g" \
 	  LDFLAGS="$(SANITIZERS)" $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib $(PY) -m pytest -q tests/ops \
@@ -78,13 +99,13 @@ cross: $(READY)
 
 # Incremental: ninja compiles what changed.
 build: $(READY)
-	@$(PY) setup.py -q build_ext --inplace
+	@$(for_this_machine) $(PY) setup.py -q build_ext --inplace
 
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip "setuptools>=77" "pybind11>=2.13" ninja
 	$(install_torch)
-	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	$(for_this_machine) $(PY) -m pip install -q --no-build-isolation -e ".[dev]"
 	@touch $@
 
 clean:

@@ -2,7 +2,8 @@
 
 The sources know nothing of torch, so building needs pybind11 and ninja only, and one wheel serves
 every torch version. LLMKERN_BUILD_CUDA is auto (default: build it if nvcc is on PATH), 1 (fail if it
-cannot be built) or 0; TORCH_CUDA_ARCH_LIST picks the GPU architectures.
+cannot be built) or 0; TORCH_CUDA_ARCH_LIST picks the GPU architectures. LLMKERN_CPU_ISAS is all
+(default), native (those that this CPU runs) or a list such as portable;avx2.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ X86_ISAS = {
 # The same instructions, for CPUs where bfloat16 dot products run at full rate.
 X86_ISAS["zen4"] = X86_ISAS["avx512bf16"]
 X86_ISAS["amx"] = X86_ISAS["avx512bf16"] + " -mamx-tile -mamx-int8 -mamx-bf16"
+CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall -Wextra"
 CUDA_ARCHES = "8.0;8.6;8.9;9.0a+PTX"
 
@@ -108,9 +110,37 @@ def cxx() -> str | None:
     return next((c for c in candidates if c and shutil.which(c.split()[0])), None)
 
 
+def native_isas() -> list[str]:
+    """Those of X86_ISAS that this CPU runs, by Linux's list of what it can do; elsewhere all."""
+    found = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.M) if CPUINFO.exists() else None
+    if found is None:
+        return list(X86_ISAS)
+    has = set(found[1].replace("_", "").split())  # avx512_bf16 is gcc's -mavx512bf16
+    needs = {
+        isa: set(re.findall(r"-m(\S+)", flags.replace("-mamx-", "-mamx")))
+        for isa, flags in X86_ISAS.items()
+    }
+    amd = "AuthenticAMD" in CPUINFO.read_text()
+    return [isa for isa in X86_ISAS if needs[isa] <= has and (amd or isa != "zen4")]
+
+
+def cpu_isas() -> dict[str, str]:
+    """The instruction sets that LLMKERN_CPU_ISAS asks for, with the compiler's flags of each."""
+    known = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"portable": ""}
+    choice = os.environ.get("LLMKERN_CPU_ISAS") or "all"
+    if choice == "all" or known is not X86_ISAS:
+        return known
+    names = native_isas() if choice == "native" else choice.split(";")
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(
+            f"LLMKERN_CPU_ISAS: got {unknown[0]!r}, expected all, native or a list of {', '.join(known)}"
+        )
+    # Portable is what the kernels fall back to.
+    return {isa: flags for isa, flags in known.items() if isa in ("portable", *names)}
+
+
 def cpu_rules(temp: Path, target: Path, includes: str) -> list[str]:
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    isas = X86_ISAS if x86 else {"portable": ""}
+    isas = cpu_isas()
     lines = [
         f"cxx = {cxx()}",
         f"flags = {CPU_FLAGS} {includes} {os.environ.get('CXXFLAGS', '')}",
@@ -121,16 +151,16 @@ def cpu_rules(temp: Path, target: Path, includes: str) -> list[str]:
         "rule link",
         f"  command = $cxx -shared -fopenmp $in -o $out {os.environ.get('LDFLAGS', '')}",
     ]
-    objects = []
+    # The table of sets is in the module: one object per choice, so that builds with others keep it.
+    # It takes long: first, or it would be compiled alone at the end.
+    objects = [f"cpu_module.{'-'.join(isas)}.o"]
+    lines.append(f"build {objects[0]}: compile {ROOT / 'csrc' / 'cpu_module.cpp'}")
+    lines.append(f"  isa = {' '.join(f'-DLLMKERN_HAS_{isa.upper()}' for isa in isas)}")
     for source in CPU_SOURCES:
         for isa, isa_flags in isas.items():
             objects.append(f"{source.stem}.{isa}.o")
             lines.append(f"build {objects[-1]}: compile {source}")
             lines.append(f"  isa = {isa_flags} -DLLMKERN_ISA={isa} -DLLMKERN_ISA_{isa.upper()}")
-    objects.append("cpu_module.o")
-    lines.append(f"build cpu_module.o: compile {ROOT / 'csrc' / 'cpu_module.cpp'}")
-    if x86:
-        lines.append("  isa = -DLLMKERN_X86")
     lines.append(f"build {target}: link {' '.join(objects)}")
     return lines
 

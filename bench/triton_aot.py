@@ -415,12 +415,15 @@ def main(
     arch: Annotated[list[int] | None, typer.Option(help="compute capability, e.g. 90")] = None,
     quick: Annotated[bool, typer.Option(help="leave out variants of group size and type")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
+    kept: Annotated[
+        Path | None, typer.Option("--cache", help="keep kernels here and compile what is not there")
+    ] = None,
 ) -> None:
     archs = arch or sorted(SHARED_LIMIT)
     if unknown := set(archs) - set(SHARED_LIMIT):
         raise typer.BadParameter(f"got {sorted(unknown)}, expected some of {sorted(SHARED_LIMIT)}")
-    with tempfile.TemporaryDirectory() as cache:
-        triton.knobs.cache.dir = cache  # compile here and now, and leave nothing behind
+    with tempfile.TemporaryDirectory() as empty:  # compile here and now, and leave nothing behind
+        triton.knobs.cache.dir = str(kept or empty)
         rows = compile_all(archs, quick)
     if json_path is not None:
         json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -9,10 +9,10 @@
 
 #include "cpu/kernels.h"
 
-#ifdef LLMKERN_X86
+#ifdef __x86_64__
 #include <cpuid.h>
 #endif
-#if defined(LLMKERN_X86) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -51,8 +51,19 @@ struct Kernels {
    isa::obs_quantize,                   \
    isa::obs_prune}
 
-#ifdef LLMKERN_X86
-bool has_avx512bf16() {
+// A build may leave out sets: setup.py defines LLMKERN_HAS_<SET> for those that it compiles.
+#ifdef __x86_64__
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+[[maybe_unused]] bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+[[maybe_unused]] bool has_avx512bf16() {
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -60,10 +71,10 @@ bool has_avx512bf16() {
 
 // AMD's have full-rate bfloat16 dot products: 1 per cycle on Zen 4, where an Intel Xeon (Sapphire
 // Rapids) without AMX ran them at an eighth of the rate of its byte dot products.
-bool has_fast_bf16() { return has_avx512bf16() && __builtin_cpu_is("amd"); }
+[[maybe_unused]] bool has_fast_bf16() { return has_avx512bf16() && __builtin_cpu_is("amd"); }
 
 // Tiles exist, and the system lets this process use them: Linux wants to be asked first.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #ifdef __linux__
   unsigned a, b, c, d;
   constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
@@ -79,22 +90,20 @@ bool has_amx() {
 
 // Best first.
 const Kernels kKernels[] = {
-#ifdef LLMKERN_X86
+#ifdef LLMKERN_HAS_AMX
     LLMKERN_KERNELS(amx, has_amx),
+#endif
+#ifdef LLMKERN_HAS_ZEN4
     LLMKERN_KERNELS(zen4, has_fast_bf16),
+#endif
+#ifdef LLMKERN_HAS_AVX512BF16
     LLMKERN_KERNELS(avx512bf16, has_avx512bf16),
-    LLMKERN_KERNELS(avx512,
-                    [] {
-                      return __builtin_cpu_supports("avx512f") &&
-                             __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl");
-                    }),
-    LLMKERN_KERNELS(avx2,
-                    [] {
-                      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("f16c");
-                    }),
+#endif
+#ifdef LLMKERN_HAS_AVX512
+    LLMKERN_KERNELS(avx512, has_avx512),
+#endif
+#ifdef LLMKERN_HAS_AVX2
+    LLMKERN_KERNELS(avx2, has_avx2),
 #endif
     LLMKERN_KERNELS(portable, [] { return true; }),
 };

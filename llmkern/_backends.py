@@ -112,7 +112,10 @@ def compiled_module(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"llmkern.{name}"), None
     except ImportError as error:
-        reason = f"llmkern.{name} is not available ({error})"
+        why = str(error)
+        if name == "_cuda" and isinstance(error, ModuleNotFoundError):
+            why = "not built: there was no nvcc, under make no GPU, or LLMKERN_BUILD_CUDA=0"
+        reason = f"llmkern.{name} is not available ({why})"
         if name == "_cpu":
             _log.warning("%s: CPU tensors are served by the slow torch reference", reason)
         return None, reason

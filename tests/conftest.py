@@ -1,14 +1,28 @@
-"""Rules for every test: fixed seed, poisoned allocations, GPU tests that cannot be skipped unnoticed."""
+"""Rules for every test: fixed seed, poisoned allocations, GPU tests that cannot be skipped unnoticed.
+
+Under pytest-xdist (`make test`) each worker has its share of the cores.
+"""
 
 from __future__ import annotations
 
+import gc
+import importlib
 import importlib.util
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # OpenMP reads these when torch is imported; processes that tests start inherit them. Threads that
+    # wait must not spin: another worker needs the core.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -30,6 +44,30 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
             LEFT_OUT.append(collection_path.name)
             return True
     return None
+
+
+def pytest_collection_finish() -> None:
+    """Modules are here to stay: each gc.collect() of accelerate's would walk them for half a second."""
+    if "hypothesis" not in MISSING:
+        importlib.import_module(
+            "hypothesis"
+        )  # which looks for who refers to what, and so comes first
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # at exit modules go as ever, or Triton's bindings complain of leaks
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # pytest-xdist's way from a worker to the terminal
+        session.config.workeroutput["left_out"] = LEFT_OUT
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    LEFT_OUT.extend(set(getattr(node, "workeroutput", {}).get("left_out", ())) - set(LEFT_OUT))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -58,6 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def deterministic() -> Iterator[None]:
     """Seed 0, and NaN (or the largest integer) in every buffer that torch.empty hands out."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # As use_deterministic_algorithms, which would import the whole compiler of torch.
+    torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

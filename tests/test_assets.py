@@ -62,6 +62,7 @@ def test_texts_do_not_overlap():
     assert sum(line in lines for line in held_out) < 0.02 * len(held_out)
 
 
+@pytest.mark.slow
 def test_held_out_perplexity_is_as_recorded(tokenizer, model, record):
     ids = tokenizer(evaluation_text().read_text(), return_tensors="pt", verbose=False).input_ids[0]
     context = model.config.max_position_embeddings
@@ -87,6 +88,7 @@ def test_generates_python_deterministically(tokenizer, model):
     assert sum(w in generated for w in ("def ", "return ", "import ", "self", "):\n    ")) >= 3
 
 
+@pytest.mark.slow
 def test_what_is_measured_on_is_not_in_the_training_text() -> None:
     held_out = [text for name, text in documents() if is_held_out(name)]
     learned = training_text()

@@ -214,6 +214,7 @@ def test_layer_with_nan_is_named():
         llmkern.patch(model, W4)
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, llmkern; print({'transformers', 'triton', 'torch._dynamo'} & set(sys.modules))"

@@ -403,12 +403,14 @@ def kl(method: str, amount: float | str, **options: Any) -> float:
     return result.kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amount", [0.5, "2:4"], ids=["50", "2:4"])
 def test_sparsegpt_beats_wanda_beats_magnitude(amount: float | str) -> None:
     assert kl("sparsegpt", amount) < 0.8 * kl("wanda", amount)
     assert kl("wanda", amount) < kl("magnitude", amount)
 
 
+@pytest.mark.slow
 def test_a_pattern_costs_more_than_the_same_sparsity() -> None:
     assert kl("sparsegpt", 0.5) < kl("sparsegpt", "4:8") < kl("sparsegpt", "2:4")
 

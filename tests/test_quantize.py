@@ -80,6 +80,7 @@ def first_block(method: str = "gptq", **options: Any) -> float:
     return sum(layer.relative_loss for layer in report.layers) / 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 3])
 def test_gptq_beats_rtn(bits: int) -> None:
     assert kl("gptq", bits=bits) < 0.6 * kl("rtn", bits=bits)

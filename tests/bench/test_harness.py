@@ -222,6 +222,7 @@ def test_times_on_a_gpu_are_microseconds():
     assert _report.unit(record("1", [])) == ("ms", 1e3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     ["bench_w4a16_gemm", "bench_lut4_gemm", "bench_sparse24_gemm", "bench_chain", "run_all"],

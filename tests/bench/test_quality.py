@@ -37,6 +37,7 @@ def test_names_are_unique() -> None:
         assert len({variant.name for variant in suite}) == len(suite)
 
 
+@pytest.mark.slow
 def test_record_holds_protocol_and_figures(tmp_path: Path) -> None:
     file = tmp_path / "quality.json"
     command = [sys.executable, str(ROOT / "bench/quality.py"), "--only", "magnitude 2:4"]
@@ -55,6 +56,7 @@ def test_record_holds_protocol_and_figures(tmp_path: Path) -> None:
     assert "held-out" in output
 
 
+@pytest.mark.slow
 def test_orders_end_with_models_of_one_size(tmp_path: Path) -> None:
     file = tmp_path / "quality.json"
     command = [sys.executable, str(ROOT / "bench/quality.py"), "--order", "--steps", "1"]

@@ -154,6 +154,7 @@ def test_one_block_is_held_at_a_time(tokens: Tensor) -> None:
     assert len(buffers) == 1
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks() -> None:
     tokens = torch.randint(0, VOCAB, (16, 32))
 

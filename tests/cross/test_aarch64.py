@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compiled import in_parallel, link
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -20,32 +20,29 @@ FLAGS = ["-O1", "-std=c++17", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra",
 PORTABLE = ["-DLLMKERN_ISA=portable", "-DLLMKERN_ISA_PORTABLE"]
 
 
-def check_here(tmp_path: Path, compiler: str, run: list[str]) -> str:
+def check_here(folder: str, compiler: str, run: list[str]) -> str:
     """Compile the kernels and the self-check, run it, and return what it printed."""
     sources = [*sorted((CSRC / "cpu").glob("*.cpp")), HERE / "self_check.cpp"]
-
-    def compile_one(source: Path) -> str:
-        target = str(tmp_path / f"{source.stem}.o")
-        command = [compiler, *FLAGS, *PORTABLE, f"-I{CSRC}", "-c", str(source), "-o", target]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = str(tmp_path / "self_check")
-    subprocess.run([compiler, "-static", "-fopenmp", *objects, "-o", program], check=True)
+    flags = [*FLAGS, *PORTABLE, f"-I{CSRC}", "-MMD", "-MF", "{deps}"]
+    objects = in_parallel(
+        [
+            (f"{folder}/{source.stem}.o", [compiler, *flags, "-c", source, "-o", "{out}"])
+            for source in sources
+        ]
+    )
+    program = link(f"{folder}/self_check", [compiler, "-static", "-fopenmp"], objects)
     done = subprocess.run([*run, program], capture_output=True, text=True, timeout=300)
     failed = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ok"))
     assert done.returncode == 0, failed + done.stderr
     return done.stdout
 
 
-def test_portable_kernels_compute_the_same_on_aarch64(tmp_path):
+@pytest.mark.slow
+def test_portable_kernels_compute_the_same_on_aarch64():
     lacking = [tool for tool in (COMPILER, EMULATOR) if not shutil.which(tool)]
     if lacking:
         pytest.skip(f"not installed: {', '.join(lacking)}")
-    printed = check_here(tmp_path, COMPILER, [EMULATOR])
+    printed = check_here("aarch64", COMPILER, [EMULATOR])
     for kernel in ("w4a16_gemm", "dequantize_int4", "lut4_gemm", "dequantize_lut4"):
         assert f"ok   {kernel} bfloat16 cpu" in printed
     for kernel in ("hessian_update", "hessian_factor", "obs_quantize", "obs_prune"):

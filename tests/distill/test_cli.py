@@ -37,6 +37,7 @@ def test_makes_trains_and_saves_a_student(tmp_path):
     assert len(report(tmp_path / "out")["training"]["steps"]) == 2
 
 
+@pytest.mark.slow
 def test_narrow_student_from_answers_then_again_from_the_file(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def main():\nimport os\n")

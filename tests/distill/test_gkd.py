@@ -112,6 +112,7 @@ def test_accumulation_is_the_larger_batch():
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gkd", "minillm"])
 def test_mixed_precision_and_a_packed_teacher_come_close_to_float32(method):
     def run(precision: str):
@@ -184,6 +185,7 @@ print("LOSSES", json.dumps(t.losses(report)), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     folder = json.dumps(__file__.rpartition("/")[0])
     script = f"sys.path.insert(0, {folder})\n" + SCRIPT

@@ -179,6 +179,7 @@ def tokens() -> Tensor:
     return torch.randint(2, 16, (10, 12), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refresh", [1, 2])
 def test_reverse_kl_falls(refresh):
     options = {"prompt_len": 3, "max_new_tokens": 6, "lm_weight": 0.0, "refresh": refresh}

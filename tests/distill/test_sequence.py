@@ -38,6 +38,7 @@ def losses(report) -> list[float]:
     return [step.metrics["loss"] for step in report.training.steps]
 
 
+@pytest.mark.slow
 def test_answers_are_kept_and_a_killed_run_goes_on(tmp_path, monkeypatch):
     whole = tmp_path / "whole.jsonl"
     report = ask(whole)
@@ -81,6 +82,7 @@ def test_answers_are_kept_and_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert losses(alone) == losses(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -170,6 +172,7 @@ print("LOSSES", json.dumps(t.losses(t.ask(Path({path!r}), batch_size=1))), flush
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_the_main_one_asks_the_teacher(tmp_path):
     path = tmp_path / "answers.jsonl"
     folder = str(Path(__file__).parent)

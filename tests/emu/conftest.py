@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import mmap
-import os
-import shutil
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +11,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from compiled import PYTHON, cxx, in_parallel, link, load_extension
 
 from llmkern import _backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 EMULATOR = sorted((ROOT / "csrc" / "emu").glob("*.cpp"))
-BUILD = ROOT / "build" / f"emu-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 # Plain arithmetic must round once, as the sources say; the sanitizer's traps become errors of the
 # launch: misaligned vector accesses, array indices, shifts, signed overflow.
 FLAGS = (
@@ -33,36 +28,23 @@ FLAGS = (
 
 
 def build(target: str, sources: list[Path]) -> Path:
-    """Compile `sources` for the host into one shared library, build/emu-*/`target`."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    """Compile `sources` for the host into one shared library, `target`."""
+    compiler = cxx()
     if compiler is None:
         pytest.skip("no C++ compiler")
     import pybind11
 
-    includes = [
-        ROOT / "csrc" / "emu",
-        ROOT / "csrc",
-        pybind11.get_include(),
-        sysconfig.get_paths()["include"],
+    folders = [ROOT / "csrc" / "emu", ROOT / "csrc"]
+    folders += map(Path, (pybind11.get_include(), sysconfig.get_paths()["include"]))
+    flags = [*FLAGS.split(), *(f"-I{folder}" for folder in folders), "-MMD", "-MF", "{deps}"]
+    jobs = [
+        (
+            f"emu-{PYTHON}/{source.stem}.o",
+            [compiler, *flags, "-x", "c++", "-c", source, "-o", "{out}"],
+        )
+        for source in sources
     ]
-    lines = [
-        f"flags = {FLAGS} {' '.join(f'-I{path}' for path in includes)}",
-        "rule compile",
-        f"  command = {compiler} $flags -x c++ -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {compiler} -shared $in -o $out",
-        *(f"build {source.stem}.o: compile {source}" for source in sources),
-        f"build {target}: link {' '.join(f'{source.stem}.o' for source in sources)}",
-    ]
-    folder = BUILD / Path(target).stem
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-    result = subprocess.run([*ninja, "-C", str(folder)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    return folder / target
+    return link(f"emu-{PYTHON}/{target}", [compiler, "-shared"], in_parallel(jobs))
 
 
 @pytest.fixture(scope="session")
@@ -108,12 +90,7 @@ def emulator_module() -> ModuleType:
     path = build(
         "_emu.so", [*sources, *sorted((csrc / "emu").glob("*.cpp")), csrc / "cuda_module.cpp"]
     )
-    spec = importlib.util.spec_from_file_location("_emu", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_extension("_emu", path)
 
 
 @pytest.fixture

@@ -21,7 +21,10 @@ cases = pytest.mark.parametrize("case", CUDA_LAYOUT_CASES.values(), ids=CUDA_LAY
 kinds = pytest.mark.parametrize("values", ["zeros", "nf4", "row", "group"])
 
 
-@pytest.fixture(params=[80, 90], ids=["sm80", "sm90"])
+@pytest.fixture(
+    params=[pytest.param(80, marks=pytest.mark.slow), 90],
+    ids=["sm80", "sm90"],
+)
 def sm(request, emulator, monkeypatch):
     monkeypatch.setattr(_backends, "cuda_capability", lambda device: request.param)
     return request.param
@@ -66,6 +69,7 @@ def test_dequantize_returns_the_same_bits(case, both_orders, guarded):
         assert torch.equal(out, case.dense(weight, dtype))
 
 
+@pytest.mark.slow
 @halves
 @kinds
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 192])
@@ -80,9 +84,15 @@ def test_unit_vectors_return_the_weight_bit_for_bit(rows, values, dtype, sm):
     assert torch.equal(out.t(), case.dense(parts, F32).to(dtype))
 
 
-@pytest.mark.parametrize("stages", [2, 3, 5])
-@pytest.mark.parametrize("rows", [8, 64, 128])
-@kinds
+# A ring of each depth under each tile, and chunks of each size.
+RINGS = [
+    *(("zeros", rows, stages) for rows in (8, 64, 128) for stages in (2, 3, 5)),
+    *((values, 64, 3) for values in ("nf4", "row", "group")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("values", "rows", "stages"), RINGS)
 def test_rings_wrap(values, rows, stages, both_orders, monkeypatch):
     config = Config("tile", rows, 1, True, stages)
     monkeypatch.setattr(_code_gemm, "select_config", lambda *args: config)
@@ -92,9 +102,20 @@ def test_rings_wrap(values, rows, stages, both_orders, monkeypatch):
     case.check(both_orders(lambda: case.multiply(x, packed, None, "cuda")), x, weight, None, 4)
 
 
-@pytest.mark.parametrize("split", [1, 2, 4, 8])
-@pytest.mark.parametrize("rows", [16, 128])
-@pytest.mark.parametrize("bulk", [False, True], ids=["workspace", "cluster"])
+SLICES = {
+    "workspace_whole": (False, 128, 1),
+    "workspace_of_two": (False, 16, 2),
+    "workspace_of_four": (False, 128, 4),
+    "workspace_of_eight": (False, 16, 8),
+    "cluster_whole": (True, 16, 1),
+    "cluster_of_two": (True, 128, 2),
+    "cluster_of_four": (True, 16, 4),
+    "cluster_of_eight": (True, 128, 8),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bulk", "rows", "split"), SLICES.values(), ids=SLICES)
 def test_slices_of_k_add_up_in_every_tile(bulk, rows, split, both_orders, monkeypatch):
     monkeypatch.setattr(
         _code_gemm, "select_config", lambda *args: Config("tile", rows, split, bulk)
@@ -169,6 +190,7 @@ def test_dense_tier(M, dtype, bias, values, emulator, monkeypatch):
     case.check(out, x, weight, bias, slack=2)
 
 
+@pytest.mark.slow
 @kinds
 def test_opcheck(values, emulator):
     case = CodeCase(3, 70, 96, 32, values)

@@ -27,6 +27,7 @@ def test_values(case, dtype, both_orders, guarded):
     case.check(out, x, weight, bias, slack=2)
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @kinds

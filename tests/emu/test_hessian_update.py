@@ -53,6 +53,7 @@ def test_long_sums_keep_late_rows(emulator):
     torch.testing.assert_close(H[0].double(), 10_000 * x[0].double().square(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_tile_of_one_size_is_as_good_as_of_the_other(dtype, both_orders, guarded):
     """44 experts of K = 136 have 132 tiles of 128, enough for the large ones; one has 3."""

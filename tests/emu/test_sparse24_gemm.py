@@ -17,7 +17,10 @@ halves = pytest.mark.parametrize("dtype", [BF16, F16], ids=lambda d: str(d).remo
 kinds = pytest.mark.parametrize("group_size", [None, 32], ids=["values", "codes"])
 
 
-@pytest.fixture(params=[80, 90], ids=["sm80", "sm90"])
+@pytest.fixture(
+    params=[pytest.param(80, marks=pytest.mark.slow), 90],
+    ids=["sm80", "sm90"],
+)
 def sm(request, emulator, monkeypatch):
     """Large tiles from 257 rows on, however few there are."""
     monkeypatch.setattr(_backends, "cuda_capability", lambda device: request.param)
@@ -37,6 +40,7 @@ def test_values(case, dtype, sm, both_orders, guarded):
     case.check(out, x, weight, bias, slack=4)
 
 
+@pytest.mark.slow
 @halves
 @kinds
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 320])

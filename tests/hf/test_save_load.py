@@ -118,6 +118,7 @@ assert not any(name.split(".")[0] == "llmkern" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_transformers_and_compressed_tensors_read_it_alone(llama, tokens, tmp_path):
     pytest.importorskip("compressed_tensors")
     wanted = {}

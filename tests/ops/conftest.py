@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import llmkern
 from llmkern._backends import compiled_module
@@ -17,14 +18,16 @@ def _names() -> list[str]:
 
 @pytest.fixture(params=_names())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Forces the backend, and on "cpu" the instruction set."""
+    """Forces the backend, and on "cpu" the instruction set, and two threads even on one core."""
     name, _, isa = request.param.partition("-")
     module, why = compiled_module("_cpu")
     if name == "cpu":
         assert module is not None, why
-        before = module.isa()
+        before, threads = module.isa(), torch.get_num_threads()
         module.set_isa(isa)
+        torch.set_num_threads(max(2, threads))
     with llmkern.use_backend(name):
         yield request.param
     if name == "cpu":
         module.set_isa(before)
+        torch.set_num_threads(threads)

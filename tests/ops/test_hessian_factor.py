@@ -31,8 +31,10 @@ def product(factor) -> torch.Tensor:
     return R @ R.t()
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("K", SIZES)
+# With an order: below a block, beyond one, and beyond two with a tail.
+@pytest.mark.parametrize(
+    ("K", "act_order"), [*((K, False) for K in SIZES), *((K, True) for K in (12, 130, 257))]
+)
 def test_reproduces_the_damped_hessian(backend, K, act_order):
     H = hessian(K)
     factor = factorize_hessian(stored(H), act_order=act_order)

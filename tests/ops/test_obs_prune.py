@@ -332,8 +332,10 @@ OPCHECKS = {
 
 
 @pytest.mark.parametrize("changes", OPCHECKS.values(), ids=OPCHECKS.keys())
-def test_opcheck(backend, changes):
-    torch.library.opcheck(torch.ops.llmkern.obs_prune.default, raw_arguments(**changes))
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_opcheck(name, changes):
+    with llmkern.use_backend(name):
+        torch.library.opcheck(torch.ops.llmkern.obs_prune.default, raw_arguments(**changes))
 
 
 BAD_RAW = {

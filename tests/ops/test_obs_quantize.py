@@ -510,8 +510,10 @@ BOOK = {
 
 
 @pytest.mark.parametrize("changes", [{}, STATIC, BOOK], ids=["dynamic", "static", "book_and_mask"])
-def test_opcheck(backend, changes):
-    torch.library.opcheck(torch.ops.llmkern.obs_quantize.default, raw_arguments(**changes))
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_opcheck(name, changes):
+    with llmkern.use_backend(name):
+        torch.library.opcheck(torch.ops.llmkern.obs_quantize.default, raw_arguments(**changes))
 
 
 def test_no_rows(backend):

@@ -177,6 +177,7 @@ def test_a_row_depends_on_nothing_but_itself(isa, dtype):
     before, threads = cpu.isa(), torch.get_num_threads()
     own_bits = {"amx": 5, "zen4": 1}.get(isa) if dtype == BF16 else None
     try:
+        torch.set_num_threads(3)
         cpu.set_isa(ISAS[-1])
         spec = w4a16_gemm(x, *weight, bias, group_size=128)
         cpu.set_isa(isa)

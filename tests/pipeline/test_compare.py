@@ -127,6 +127,7 @@ def test_speed_of_the_original_is_measured_beside_each_method(data: dict[str, An
     assert beside["decode_tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_be_applied_is_listed_with_its_reason(data: dict[str, Any]) -> None:
     plain = tiny("gpt_neox", hidden_act="gelu", intermediate_size=192)
     report = compare(plain, methods=["glu", "heads", "mlp", "rtn 4-bit", "magnitude 50 %"], **data)
@@ -144,6 +145,7 @@ def test_prompts_need_a_tokenizer_and_the_reason_says_so(data: dict[str, Any]) -
     assert "tokenizer: got None" in report.left_out["distill sequence"]
 
 
+@pytest.mark.slow
 def test_one_copy_at_a_time(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, alive, most = tiny(), [], 0
     whole = copy.deepcopy
@@ -202,6 +204,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     return int(stop.value.code or 0)
 
 
+@pytest.mark.slow
 def test_command_prints_the_table_and_writes_the_report(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

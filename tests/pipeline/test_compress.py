@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import llmkern
+from llmkern.cli import main
 
 RECIPE = """\
 - prune: {method: magnitude, sparsity: 0.5}
@@ -17,11 +19,18 @@ RECIPE = """\
 """
 
 
-def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "llmkern", "compress", *map(str, arguments)]
-    return subprocess.run(
-        words, capture_output=True, text=True, cwd=Path(llmkern.__file__).parents[1]
-    )
+@pytest.fixture
+def compress(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """`llmkern compress ARGUMENTS...` in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llmkern", "compress", *map(str, arguments)])
+        capsys.readouterr()  # what the fixtures printed
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture
@@ -30,10 +39,15 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
-def test_command_compresses_and_reports(recipe, model_dir, tokens, held_out, tmp_path):
+@pytest.mark.slow
+def test_command_compresses_and_reports(compress, recipe, model_dir, tokens, held_out, tmp_path):
     out = tmp_path / "out"
     given = [model_dir, "-o", out, "--recipe", recipe, "--calibration", tokens]
-    result = compress(*given, "--evaluation", held_out, "--dtype", "bfloat16")
+    words = [sys.executable, "-m", "llmkern", "compress", *map(str, given)]
+    words += ["--evaluation", str(held_out), "--dtype", "bfloat16"]
+    result = subprocess.run(
+        words, capture_output=True, text=True, cwd=Path(llmkern.__file__).parents[1]
+    )
     assert result.returncode == 0, result.stderr
     assert "stage 1 of 2: prune magnitude 50 %" in result.stderr
     assert "stage 2 of 2: quantize gptq 4 bits" in result.stderr
@@ -47,14 +61,15 @@ def test_command_compresses_and_reports(recipe, model_dir, tokens, held_out, tmp
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert len(llmkern.load(out).model.layers) == 4
 
-    again = compress(*given, "--evaluation", held_out)
-    assert again.returncode == 1
-    assert "holds a run with 2 finished stages, expected a new directory, or resume" in again.stderr
+    code, _, errors = compress(*given, "--evaluation", held_out)
+    assert code == 1
+    assert "holds a run with 2 finished stages, expected a new directory, or resume" in errors
     recipe.write_text(RECIPE.replace("0.5", "0.6"))
-    again = compress(*given, "--evaluation", held_out, "--dtype", "bfloat16", "--resume")
-    assert again.returncode == 1
-    assert again.stderr.count("\n") == 1
-    assert "recipe.1-prune.sparsity: was 0.5, is 0.6; expected the same" in again.stderr
+    given += ["--evaluation", held_out, "--dtype", "bfloat16", "--resume"]
+    code, _, errors = compress(*given)
+    assert code == 1
+    assert errors.count("\n") == 1
+    assert "recipe.1-prune.sparsity: was 0.5, is 0.6; expected the same" in errors
 
 
 @pytest.mark.parametrize(
@@ -67,28 +82,28 @@ def test_command_compresses_and_reports(recipe, model_dir, tokens, held_out, tmp
     ids=["unknown", "no_data", "no_file"],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_nothing_is_written(
-    text, message, recipe, model_dir, held_out, tmp_path
+    text, message, compress, recipe, model_dir, held_out, tmp_path
 ):
     recipe.write_text(text)
     out = tmp_path / "out"
-    result = compress(model_dir, "-o", out, "--recipe", recipe, "--evaluation", held_out)
-    assert result.returncode == 1
-    assert result.stderr.startswith("llmkern: error: ")
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    code, _, errors = compress(model_dir, "-o", out, "--recipe", recipe, "--evaluation", held_out)
+    assert code == 1
+    assert errors.startswith("llmkern: error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
     assert not out.exists()
 
 
 def test_dry_run_prints_the_preflight_and_writes_nothing(
-    recipe, model_dir, tokens, held_out, tmp_path
+    compress, recipe, model_dir, tokens, held_out, tmp_path
 ):
     out = tmp_path / "out"
     given = [model_dir, "-o", out, "--recipe", recipe, "--dry-run"]
-    result = compress(*given, "--calibration", tokens)
-    assert result.returncode == 0, result.stderr
+    code, printed, errors = compress(*given, "--calibration", tokens)
+    assert code == 0, errors
     for text in ("1-prune", "2-quantize", "peak memory", "disk in all"):
-        assert text in result.stdout
-    result = compress(*given)
-    assert result.returncode == 1
-    assert "error: 2-quantize: calibration: got none" in result.stdout
+        assert text in printed
+    code, printed, _ = compress(*given)
+    assert code == 1
+    assert "error: 2-quantize: calibration: got none" in printed
     assert not out.exists()

@@ -67,6 +67,7 @@ def result(value: Any) -> Any:
     return [result(item) for item in value] if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_killed_and_resumed_is_as_if_nothing_had_happened(
     seed, model_dir, tokens, held_out, tmp_path

@@ -50,7 +50,10 @@ def weights(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "order",
-    list(itertools.permutations([PRUNE, QUANTIZE, DISTILL])),
+    [
+        pytest.param(order, marks=[pytest.mark.slow] if order[0] != PRUNE else [])
+        for order in itertools.permutations([PRUNE, QUANTIZE, DISTILL])
+    ],
     ids=lambda order: "-".join(stage.name for stage in order),
 )
 def test_every_order_runs_and_a_costly_one_warns(order, model_dir, tokens, held_out, tmp_path):
@@ -99,6 +102,7 @@ def test_warnings_say_what_an_order_costs():
     assert pairs == ["distill before prune"]
 
 
+@pytest.mark.slow
 def test_run_says_that_it_had_to_expand_packed_layers(model_dir, tokens, held_out, tmp_path):
     report = run([QUANTIZE, PRUNE], model_dir, tmp_path / "out", tokens, held_out)
     assert "stage 2: 28 packed layers were expanded to dense ones to be pruned" in report.warnings
@@ -111,6 +115,7 @@ def test_run_says_that_it_had_to_expand_packed_layers(model_dir, tokens, held_ou
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "last", [QUANTIZE, Distill(student="current", steps=3)], ids=lambda stage: stage.name
 )
@@ -129,6 +134,7 @@ def test_zeros_survive(last, model_dir, tokens, held_out, tmp_path):
             assert not torch.equal(dense, module.weight)
 
 
+@pytest.mark.slow
 def test_yaml_and_python_give_the_same_bits(model_dir, tokens, held_out, tmp_path):
     text = (
         "- prune: {method: glu, ratio: 0.25}\n- quantize: {method: gptq, group_size: 32}\n"
@@ -139,6 +145,7 @@ def test_yaml_and_python_give_the_same_bits(model_dir, tokens, held_out, tmp_pat
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_model_in_memory_stays_as_it_is(model_dir, tokens, held_out, tmp_path):
     model = llmkern.load(model_dir)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -153,6 +160,7 @@ def test_model_in_memory_stays_as_it_is(model_dir, tokens, held_out, tmp_path):
         run([PRUNE, QUANTIZE], model, tmp_path / "a", tokens, held_out, resume=True)
 
 
+@pytest.mark.slow
 def test_students_and_teachers(model_dir, tokens, held_out, tmp_path):
     small = Distill(student={"layers": [0, 3], "width": 0.75}, teacher="original", steps=2)
     run([small], model_dir, tmp_path / "a", tokens, held_out)
@@ -186,6 +194,7 @@ def test_finished_stages_are_read_and_not_done_again(
     assert [path.name for path in (out / "stages").iterdir() if path.is_dir()] == ["1-quantize"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -208,6 +217,7 @@ def test_resume_refuses_a_changed_recipe(changed, message, model_dir, tokens, he
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_data_settings_and_models(model_dir, tokens, held_out, tmp_path):
     out = tmp_path / "out"
     own = Quantize("gptq", group_size=32, calibration=str(tokens))
@@ -229,6 +239,7 @@ def test_resume_refuses_other_data_settings_and_models(model_dir, tokens, held_o
     refused("model: was")
 
 
+@pytest.mark.slow
 def test_other_versions_on_resuming_are_reported(model_dir, tokens, held_out, tmp_path):
     out = tmp_path / "out"
     run([QUANTIZE], model_dir, out, tokens, held_out)
@@ -240,6 +251,7 @@ def test_other_versions_on_resuming_are_reported(model_dir, tokens, held_out, tm
     assert any(changed in text for text in report.warnings)
 
 
+@pytest.mark.slow
 def test_loss_that_becomes_nan_leaves_what_was_good(model_dir, tokens, held_out, tmp_path):
     out = tmp_path / "out"
     bad = Distill(student={"layers": 0.5}, steps=9, lr=1e30, warmup=0.5, checkpoint_every=1)
@@ -287,6 +299,7 @@ def test_preflight_refuses_all_that_is_impossible_at_once(model_dir, tokens, hel
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_stage_may_have_data_of_its_own(model_dir, tokens, held_out, tmp_path):
     stages = [Quantize("gptq", group_size=32, calibration=str(tokens))]
     run(stages, model_dir, tmp_path / "a", None, held_out)

@@ -46,6 +46,7 @@ def test_loss_falls_and_zeros_stay(tiny: Tiny, model_type: str, mode: str) -> No
             assert torch.equal(parameter == 0, zeros[name]), name
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(tiny: Tiny) -> None:
     windows, options = patterned(), WidthOptions(recovery="lora", recovery_steps=3)
     results = []
@@ -72,6 +73,7 @@ def test_sixteen_bits_come_back(tiny: Tiny) -> None:
         assert torch.equal(buffer, buffers[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["glu", "heads", "depth", "taylor"])
 def test_every_method_can_recover(tiny: Tiny, method: str) -> None:
     report = llmkern.prune(

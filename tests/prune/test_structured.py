@@ -293,6 +293,7 @@ def test_nan_is_named(tiny: Tiny, tokens: Tensor) -> None:
         llmkern.prune(model, "glu", ratio=0.5, round_to=8, calibration=tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["glu", "heads"])
 def test_compensation_helps_the_bundled_model(method: str) -> None:
     directory = bundled_model_dir()

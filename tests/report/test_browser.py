@@ -21,9 +21,12 @@ BROWSER = next(
 )
 DRIVER = shutil.which("chromedriver")
 
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None, reason="no chromium with chromedriver on PATH"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BROWSER is None or DRIVER is None, reason="no chromium with chromedriver on PATH"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -82,8 +82,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
-@pytest.mark.parametrize("stop", [3, 5, 6])
+@pytest.mark.parametrize(("optimizer", "stop"), [("adamw", 3), ("lion", 5), ("adamw", 6)])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(optimizer, stop, tmp_path):
     options = dataclasses.replace(
         OPTIONS, optimizer=optimizer, checkpoint=tmp_path, checkpoint_every=2, resume=True
@@ -281,6 +280,7 @@ print("LOSSES", json.dumps(t.losses(report)), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     outputs = run_in_two_processes(SCRIPT.format(here=str(Path(__file__).parent)), tmp_path)
     one = losses(fit(Model(), data(), dataclasses.replace(OPTIONS, batch_size=4)))

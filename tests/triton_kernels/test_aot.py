@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import triton
+from compiled import CACHE, compile_once
 from llmkern.triton_kernels import configs, dequantize_int4, hessian_update, obs_quantize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,27 +21,28 @@ HESSIAN = "hessian_update_kernel"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes per block, CUDA C++ Programming Guide
 GROUP_SIZES = (32, 64, 96, 128, 4096)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the tool wrote, in processes of its own: Triton interprets in this one."""
-    folder = tmp_path_factory.mktemp("aot")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def rows() -> list[dict[str, Any]]:
+    """What the tool wrote, in processes of its own: Triton interprets in this one.
+
+    They share a cache of kernels, by Triton's own hash of everything that went into one.
+    """
     tool = ROOT / "bench" / "triton_aot.py"
-    files = [folder / f"{arch}.json" for arch in ARCHS]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, tool, "--arch", str(arch), "--quick", "--json", file],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for arch, file in zip(ARCHS, files, strict=True)
-    ]
-    outputs = [run.communicate()[0] for run in runs]
-    assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(outputs)
-    return [row for file in files for row in json.loads(file.read_text())]
+    inputs = [tool, configs.PATH, *sorted((ROOT / "triton_kernels").glob("*.py"))]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def compile_for(arch: int) -> list[dict[str, Any]]:
+        options = ["--arch", str(arch), "--quick", "--cache", CACHE / "triton-kernels"]
+        command = [sys.executable, tool, *options, "--json", "{out}"]
+        versions = f"triton {triton.__version__}, torch {torch.__version__}"
+        made = compile_once(f"triton/sm_{arch}.json", command, inputs, versions, env)
+        return list(json.loads(made.path.read_text()))
+
+    with ThreadPoolExecutor(2) as pool:
+        return [row for rows in pool.map(compile_for, ARCHS) for row in rows]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +21,7 @@ def test_without_a_gpu_the_kernels_are_interpreted() -> None:
     assert kind == expected
 
 
+@pytest.mark.slow
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
     code = (
         "import torch, llmkern; from llmkern.ops import hessian_update\n"

@@ -61,6 +61,7 @@ def test_prunes_like_the_reference(case: tuple[int, dict[str, Any]]) -> None:
     torch.testing.assert_close(got.w_hat[same], want.w_hat[same], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True], ids=["prune", "joint"])
 def test_experts_have_the_bits_of_each_alone(joint: bool) -> None:
     E, K = 3, 40  # one block: no matrix product, whose sums may differ
@@ -100,6 +101,7 @@ def test_a_book_of_each_row_and_a_mask() -> None:
     assert not got.w_hat[~mask].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_row", [False, True], ids=["layer", "row"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 def test_selects_what_a_sort_selects(ties: bool, per_row: bool) -> None:

@@ -91,6 +91,7 @@ def test_matches_float64(case: Case) -> None:
     assert torch.equal(out, multiply(case, x, weight, bias)), "two runs differ"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 @kinds
 def test_unit_vectors_return_every_pattern_bit_for_bit(
@@ -132,6 +133,7 @@ def test_values_at_odd_addresses() -> None:
         assert torch.equal(case.multiply(x, (moved, meta)), case.multiply(x, (values, meta)))
 
 
+@pytest.mark.slow
 @kinds
 def test_rows_do_not_depend_on_the_batch_within_a_tier(group_size: int | None) -> None:
     case = Sparse24Case(16, 20, 1024, group_size)

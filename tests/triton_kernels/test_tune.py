@@ -24,22 +24,30 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("key", KEYS, ids=lambda k: f"{k.op}-{k.x}-{k.sms}-{k.M}-{k.N}-{k.K}")
-def test_candidates_serve_their_class(key: Key) -> None:
+@pytest.mark.parametrize("op", tune_triton.OPS)
+@pytest.mark.parametrize("x", tune_triton.KINDS)
+def test_candidates_serve_their_class(op: str, x: str) -> None:
+    keys = [key for key in KEYS if (key.op, key.x) == (op, x)]
+    assert keys
+    for key in keys:
+        check_candidates(key)
+
+
+def check_candidates(key: Key) -> None:
     M, N, K = tune_triton.shape_of(key)
     found = tune_triton.tiles(key)
-    assert len(found) == len(set(found))
-    assert found[0] == replace(tune_triton.estimate(key), SPLIT_K=1), "the estimate comes first"
+    assert len(found) == len(set(found)), key
+    assert found[0] == replace(tune_triton.estimate(key), SPLIT_K=1), f"{key}: the estimate first"
     for tile in found:
-        assert tile.kernel == ("gemv" if M <= tune_triton.GEMV_ROWS else "tile")
-        assert tile.kernel == "tile" or tile.BLOCK_M >= M
+        assert tile.kernel == ("gemv" if M <= tune_triton.GEMV_ROWS else "tile"), (key, tile)
+        assert tile.kernel == "tile" or tile.BLOCK_M >= M, (key, tile)
         each = tune_triton.splits(key, tile)
-        assert each
+        assert each, (key, tile)
         for config in each:
-            assert replace(config, SPLIT_K=1) == tile
+            assert replace(config, SPLIT_K=1) == tile, (key, config)
             programs = -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N) * config.SPLIT_K
-            assert config.SPLIT_K == 1 or programs <= 20 * key.sms
-            assert config.SPLIT_K == 1 or K // config.SPLIT_K >= 2 * tile.BLOCK_K
+            assert config.SPLIT_K == 1 or programs <= 20 * key.sms, (key, config)
+            assert config.SPLIT_K == 1 or K // config.SPLIT_K >= 2 * tile.BLOCK_K, (key, config)
 
 
 def test_a_tuned_row_takes_the_place_of_the_estimate_and_the_others_stay() -> None:
@@ -68,6 +76,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_dry_run_lists_candidates_and_what_the_compiler_says(tmp_path: Path) -> None:
     table = tmp_path / "configs.json"
     table.write_text(configs.PATH.read_text())
@@ -85,6 +94,7 @@ def test_dry_run_lists_candidates_and_what_the_compiler_says(tmp_path: Path) -> 
     assert table.read_text() == configs.PATH.read_text(), "a dry run writes nothing"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_and_not_timed() -> None:
     # 128 x 128 with five stages of 128 columns each takes more than the 163 KB of sm_80.
     code = (
@@ -99,6 +109,7 @@ def test_what_does_not_fit_is_told_and_not_timed() -> None:
     assert "bytes of shared memory, at most" in result.stdout, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
