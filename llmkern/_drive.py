@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import FLOATS
 from llmkern._journal import Journal
 from llmkern.calibrate import Block, Statistic, visit
 from llmkern.models import block_linears, find_blocks
 from llmkern.models.linears import dense_weight, shape_of
-from llmkern.ops._library import FLOATS
 from llmkern.patch import choose_linears, warn_dense, winning_pattern
 
 _T = TypeVar("_T")
