@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import dtype_name
 from llmkern.formats.lut4 import (
     CODEBOOKS,
     block_scales,
@@ -122,7 +123,7 @@ def to_bitsandbytes(weight: Lut4Weight) -> dict[str, Tensor]:
     state = {
         "quant_type": kind,
         "blocksize": block,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": dtype_name(weight.dtype),
         "shape": [N, K],
     }
     octets = weight.qweight.contiguous().view(torch.uint8).view(-1, 1)
@@ -153,7 +154,7 @@ def describe_model(kind: str, dtype: torch.dtype, dense: Iterable[str]) -> dict[
         "load_in_8bit": False,
         "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": dtype_name(dtype),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": sorted(dense),
     }

@@ -33,9 +33,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import FLOATS, dtype_name
 from llmkern.formats.int4 import pack_codes, unpack_codes
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The nibble of each set of kept columns, as bits of the index: 0b0011 keeps columns 0 and 1.
 _NIBBLES = {0b0011: 0x4, 0b0101: 0x8, 0b0110: 0x9, 0b1001: 0xC, 0b1010: 0xD, 0b1100: 0xE}
 NIBBLES = tuple(_NIBBLES.values())
@@ -50,9 +50,9 @@ def _lookup(entries: dict[int, int], index: Tensor) -> Tensor:
 
 def _check_matrix(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], unit: int) -> None:
     if t.dim() != 2 or t.dtype not in dtypes or t.shape[1] % unit:
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        kinds = " or ".join(map(dtype_name, dtypes))
         raise ValueError(
-            f"{name}: got {str(t.dtype).removeprefix('torch.')} {list(t.shape)}, expected {kinds} "
+            f"{name}: got {dtype_name(t.dtype)} {list(t.shape)}, expected {kinds} "
             f"[N, K] with K a multiple of {unit}"
         )
 
@@ -87,8 +87,7 @@ def _gather_kept(dense: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:
     if mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(
-            f"mask: got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}, expected bool "
-            f"{list(shape)}"
+            f"mask: got {dtype_name(mask.dtype)} {list(mask.shape)}, expected bool {list(shape)}"
         )
 
 
@@ -133,7 +132,7 @@ def check_parts(name: str, t: Tensor, meta: Tensor, per_octet: int) -> tuple[int
     N, octets = meta.shape if meta.dim() == 2 else (0, -1)
     if meta.dtype != torch.uint8 or tuple(t.shape) != (N, octets * per_octet):
         raise ValueError(
-            f"{name}, meta: got {list(t.shape)} and {str(meta.dtype).removeprefix('torch.')} "
+            f"{name}, meta: got {list(t.shape)} and {dtype_name(meta.dtype)} "
             f"{list(meta.shape)}, expected [N, K/{8 // per_octet}] and uint8 [N, K/8]"
         )
     return N, octets

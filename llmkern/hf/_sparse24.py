@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from llmkern._dtypes import FLOATS
 from llmkern.formats.int4 import unpack_codes, unpack_zeros
-from llmkern.formats.sparse24 import FLOATS, is_sparse24
+from llmkern.formats.sparse24 import is_sparse24
 from llmkern.models.heads import shared_weights
 from llmkern.nn import Int4Linear, Sparse24Int4Linear, Sparse24Linear
 
