@@ -229,3 +229,20 @@ def decompress_codes(
     dense = fill.expand(N, 8 * octets).contiguous().view(N, 2 * octets, 4)
     dense = dense.scatter(2, kept_places(meta), kept)
     return dense.view(N, 8 * octets), mask_of(meta)
+
+
+def check_codes(qvalues: Tensor, meta: Tensor, scales: Tensor, group_size: int) -> None:
+    """Refuse a canonical weight of codes whose parts do not fit together.
+
+    Raises:
+        ValueError: says what was given.
+    """
+    N, groups = scales.shape
+    K = groups * group_size
+    shapes = (tuple(qvalues.shape), tuple(meta.shape))
+    if group_size <= 0 or group_size % 32 or shapes != ((N, K // 16), (N, K // 8)):
+        raise ValueError(
+            f"group_size, qvalues, meta: got {group_size}, {list(qvalues.shape)} and "
+            f"{list(meta.shape)}, expected a multiple of 32, [{N}, K/16] and [{N}, K/8] with K = "
+            f"{groups} groups of group_size"
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkern import _backends
-from llmkern.formats import int4_cuda, lut4_cuda
+from llmkern.formats import int4, int4_cuda, lut4_cuda
 from llmkern.ops._library import kernels, pointer
 
 
@@ -52,7 +52,7 @@ def pack_int4(
     """`int4_cuda.to_cuda_layout`."""
     if not _served(qweight):
         return int4_cuda.to_cuda_layout(qweight, scales, zeros, group_size)
-    int4_cuda.check_canonical(qweight, scales, group_size)
+    int4.check_canonical(qweight, scales, group_size)
     N, groups = scales.shape
     shape = int4_cuda.cuda_shape(
         N, groups * group_size, group_size, scales.element_size(), zeros is None
