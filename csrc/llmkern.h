@@ -7,13 +7,29 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
+
+// Names all fields of a struct in their order, for csrc/bindings.h, which fills it by name; one too
+// few does not compile. Where a field is a struct, its fields take its place.
+#define LLMKERN_FIELDS(Struct, ...)                                      \
+  inline const char* field_names(const Struct&) { return #__VA_ARGS__; } \
+  inline auto fields(Struct& params) {                                   \
+    auto& [__VA_ARGS__] = params;                                        \
+    return std::tie(__VA_ARGS__);                                        \
+  }
+
+// Names the values of an enum from 0 on, as Python gives them.
+#define LLMKERN_VALUES(Enum, ...) \
+  inline const char* value_names(Enum) { return #__VA_ARGS__; }
 
 namespace llmkern {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+LLMKERN_VALUES(DType, float32, bfloat16, float16)
 
-// Layouts of a 4-bit weight; the pictures are in llmkern/formats/.
-enum class Int4Layout : int32_t { kCanonical = 0, kCpu = 1, kCuda = 2 };
+// Of a compressed weight; the pictures are in llmkern/formats/.
+enum class Layout : int32_t { kCanonical, kCpu, kCuda };
+LLMKERN_VALUES(Layout, canonical, cpu, cuda)
 
 struct Int4Weight {
   const void* qweight;
@@ -23,8 +39,9 @@ struct Int4Weight {
                        // them, as they do the scales; null: the constant 8
   int64_t N, K, group_size;
   DType scales_dtype;
-  Int4Layout layout;
+  Layout layout;
 };
+LLMKERN_FIELDS(Int4Weight, qweight, scales, zeros, N, K, group_size, scales_dtype, layout)
 
 // out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]
 struct W4A16GemmParams {
@@ -36,6 +53,7 @@ struct W4A16GemmParams {
   DType dtype;                   // of x, bias and out
   bool int8_activation = false;  // x rounded to 8 bits per row first; CPU only
 };
+LLMKERN_FIELDS(W4A16GemmParams, x, w, bias, out, M, x_stride, dtype, int8_activation)
 
 // out[n, k] = scales * (codes - zeros)
 struct DequantizeInt4Params {
@@ -43,9 +61,7 @@ struct DequantizeInt4Params {
   void* out;  // [N, K]
   DType dtype;
 };
-
-// Layouts of 4-bit codes into a book; the pictures are in llmkern/formats/lut4*.py.
-enum class Lut4Layout : int32_t { kCanonical = 0, kCpu = 1, kCuda = 2 };
+LLMKERN_FIELDS(DequantizeInt4Params, w, out, dtype)
 
 // w[n, k] = scales[n, k / group_size] * codebook[.., codes[n, k]]
 struct Lut4Weight {
@@ -57,8 +73,10 @@ struct Lut4Weight {
                           // qweight hold them
   int64_t N, K, group_size, book_row_stride, book_group_stride;
   DType scales_dtype;
-  Lut4Layout layout;
+  Layout layout;
 };
+LLMKERN_FIELDS(Lut4Weight, qweight, codebook, scales, N, K, group_size, book_row_stride,
+               book_group_stride, scales_dtype, layout)
 
 // out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]
 struct Lut4GemmParams {
@@ -69,21 +87,20 @@ struct Lut4GemmParams {
   int64_t M, x_stride;
   DType dtype;  // of x, bias and out
 };
-
-// Layouts of a 2:4 sparse weight on the CPU; the pictures are in llmkern/formats/sparse24*.py.
-enum class Sparse24Layout : int32_t { kCanonical = 0, kCpu = 1 };
+LLMKERN_FIELDS(Lut4GemmParams, x, w, bias, out, M, x_stride, dtype)
 
 // out[m, n] = sum_k x[m, k] * w[n, k] + bias[n], w zero but for two of every 4 columns
 struct Sparse24GemmParams {
   const void* x;       // [M, K], row stride x_stride, unit column stride
   const void* values;  // the kept values
-  const void* meta;    // which columns they are
+  const void* meta;    // which columns they are; not read on CUDA, as in the next struct
   const void* bias;    // [N], or null
   void* out;           // [M, N]
   int64_t M, N, K, x_stride;
   DType dtype;  // of x, values, bias and out
-  Sparse24Layout layout;
+  Layout layout;
 };
+LLMKERN_FIELDS(Sparse24GemmParams, x, values, meta, bias, out, M, N, K, x_stride, dtype, layout)
 
 // The same with w = scales * (codes - zeros) where kept.
 struct Sparse24W4A16GemmParams {
@@ -92,19 +109,23 @@ struct Sparse24W4A16GemmParams {
   const void* meta;     // which columns they are
   const void* scales;   // canonical [N, K/group_size], cpu [K/group_size, N]
   const void* zeros;    // canonical: packed int32 [ceil(N/8), K/group_size]; cpu: uint8
-                        // [K/group_size, N]; null: the constant 8
+                        // [K/group_size, N]; cuda: not null if the chunks of qvalues hold
+                        // them, as they do the scales; null: the constant 8
   const void* bias;     // [N] in dtype, or null
   void* out;            // [M, N]
   int64_t M, N, K, x_stride, group_size;
   DType dtype, scales_dtype;
-  Sparse24Layout layout;
+  Layout layout;
 };
+LLMKERN_FIELDS(Sparse24W4A16GemmParams, x, qvalues, meta, scales, zeros, bias, out, M, N, K,
+               x_stride, group_size, dtype, scales_dtype, layout)
 
 struct DequantizeLut4Params {
   Lut4Weight w;
   void* out;  // [N, K]
   DType dtype;
 };
+LLMKERN_FIELDS(DequantizeLut4Params, w, out, dtype)
 
 // lower triangle of H[e, i, j] += alpha * sum_t x[t, i] * x[t, j] over the rows t of expert e
 struct HessianUpdateParams {
@@ -116,6 +137,7 @@ struct HessianUpdateParams {
   int64_t E = 1;                     // CPU: 1
   const int64_t* offsets = nullptr;  // [E + 1]: expert e has rows offsets[e]..offsets[e + 1] - 1
 };
+LLMKERN_FIELDS(HessianUpdateParams, H, x, T, K, alpha, dtype, E, offsets)
 
 // H, with its diagonal replaced, over the columns taken in `order`, as (U diag(d)) (U diag(d))ᵀ, U
 // unit upper triangular.
@@ -127,6 +149,7 @@ struct HessianFactorParams {
   float* d;               // [K]
   int64_t K;
 };
+LLMKERN_FIELDS(HessianFactorParams, H, diagonal, order, U, d, K)
 
 // The column loop of llmkern/reference/obs_quantize.py over a whole matrix.
 struct ObsQuantizeParams {
@@ -149,6 +172,9 @@ struct ObsQuantizeParams {
   const float* codebook = nullptr;
   int64_t book_row_stride = 0, book_group_stride = 0;
 };
+LLMKERN_FIELDS(ObsQuantizeParams, w, U, d, g_idx, codes, scales, zeros, w_hat, loss, N, K,
+               group_size, bits, dynamic, symmetric, clip_search, scales_dtype, mask, codebook,
+               book_row_stride, book_group_stride)
 
 // The same loop with a mask that is chosen on the way, as llmkern/reference/obs_prune.py does.
 struct ObsPruneParams {
@@ -158,6 +184,7 @@ struct ObsPruneParams {
   bool per_row;            // of each row or of all
   int64_t kept, size;      // columns kept of every `size`, or 0 and 0
 };
+LLMKERN_FIELDS(ObsPruneParams, loop, chosen, sparsity, per_row, kept, size)
 
 // Columns first..last-1 of that loop and of llmkern/reference/obs_prune.py's, as
 // llmkern/ops/_obs_blocks.py launches them: `work` holds the updated weights and gets the values
@@ -180,6 +207,9 @@ struct ObsBlockParams {
   int64_t first, last, work_first, work_stride, error_stride;
   int32_t bits, kept, size;  // size: choose the best `kept` of every `size` columns, or 0
 };
+LLMKERN_FIELDS(ObsBlockParams, w, U, d, g_idx, codebook, scales, zeros, mask, codes, work, loss,
+               error, E, N, K, groups, book_expert, book_row, book_group, first, last, work_first,
+               work_stride, error_stride, bits, kept, size)
 
 // mask = False for the `removed` lowest (reached * d)^2 of the N x columns of each expert, or of
 // each row; of equal ones the lower column goes first, then the lower row. 0 < removed < how many
@@ -193,5 +223,7 @@ struct ObsSelectParams {
   int64_t E, N, columns, d_stride, mask_stride, counts_stride, removed;
   bool per_row;
 };
+LLMKERN_FIELDS(ObsSelectParams, reached, d, mask, keys, counts, E, N, columns, d_stride,
+               mask_stride, counts_stride, removed, per_row)
 
 }  // namespace llmkern

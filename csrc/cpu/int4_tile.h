@@ -89,7 +89,7 @@ inline void start_block(const Int4Weight& w, int64_t n0, Tile& tile) {
 }
 
 inline void load_tile(const Int4Weight& w, int64_t n0, int64_t k0, int64_t columns, Tile& tile) {
-  if (w.layout == Int4Layout::kCpu)
+  if (w.layout == Layout::kCpu)
     load_packed(w, n0, k0, tile);
   else
     load_canonical(w, n0, k0, columns, tile);

@@ -8,25 +8,32 @@
 
 #include "llmkern.h"
 
-#define LLMKERN_DECLARE_KERNELS(isa)                          \
-  namespace llmkern::isa {                                    \
-  void w4a16_gemm(const W4A16GemmParams& p);                  \
-  void dequantize_int4(const DequantizeInt4Params& p);        \
-  void lut4_gemm(const Lut4GemmParams& p);                    \
-  void dequantize_lut4(const DequantizeLut4Params& p);        \
-  void sparse24_gemm(const Sparse24GemmParams& p);            \
-  void sparse24_w4a16_gemm(const Sparse24W4A16GemmParams& p); \
-  void hessian_update(const HessianUpdateParams& p);          \
-  bool hessian_factor(const HessianFactorParams& p);          \
-  void obs_quantize(const ObsQuantizeParams& p);              \
-  void obs_prune(const ObsPruneParams& p);                    \
+// All of them, as kernel(isa, result, op, Params); hessian_factor says whether H is positive
+// definite.
+// clang-format off
+#define LLMKERN_CPU_KERNELS(kernel, isa)                          \
+  kernel(isa, void, w4a16_gemm, W4A16GemmParams)                  \
+  kernel(isa, void, dequantize_int4, DequantizeInt4Params)        \
+  kernel(isa, void, lut4_gemm, Lut4GemmParams)                    \
+  kernel(isa, void, dequantize_lut4, DequantizeLut4Params)        \
+  kernel(isa, void, sparse24_gemm, Sparse24GemmParams)            \
+  kernel(isa, void, sparse24_w4a16_gemm, Sparse24W4A16GemmParams) \
+  kernel(isa, void, hessian_update, HessianUpdateParams)          \
+  kernel(isa, bool, hessian_factor, HessianFactorParams)          \
+  kernel(isa, void, obs_quantize, ObsQuantizeParams)              \
+  kernel(isa, void, obs_prune, ObsPruneParams)
+// clang-format on
+
+#define LLMKERN_DECLARE(isa, result, op, Params) \
+  namespace llmkern::isa {                       \
+  result op(const Params& p);                    \
   }
 
-LLMKERN_DECLARE_KERNELS(portable)
-LLMKERN_DECLARE_KERNELS(avx2)
-LLMKERN_DECLARE_KERNELS(avx512)
-LLMKERN_DECLARE_KERNELS(avx512bf16)
-LLMKERN_DECLARE_KERNELS(zen4)
-LLMKERN_DECLARE_KERNELS(amx)
+LLMKERN_CPU_KERNELS(LLMKERN_DECLARE, portable)
+LLMKERN_CPU_KERNELS(LLMKERN_DECLARE, avx2)
+LLMKERN_CPU_KERNELS(LLMKERN_DECLARE, avx512)
+LLMKERN_CPU_KERNELS(LLMKERN_DECLARE, avx512bf16)
+LLMKERN_CPU_KERNELS(LLMKERN_DECLARE, zen4)
+LLMKERN_CPU_KERNELS(LLMKERN_DECLARE, amx)
 
-#undef LLMKERN_DECLARE_KERNELS
+#undef LLMKERN_DECLARE

@@ -99,7 +99,7 @@ struct RowBooks {
 class Rows {
  public:
   static int64_t scratch_floats(const Lut4Weight& w, int64_t rows) {
-    const int64_t codes = w.layout == Lut4Layout::kCanonical ? w.K / 8 : 0;
+    const int64_t codes = w.layout == Layout::kCanonical ? w.K / 8 : 0;
     return rows * (padded(w.K / w.group_size) + padded(codes));
   }
 
@@ -120,12 +120,12 @@ class Rows {
         to_float(w_.scales, row(r) * groups_, w_.scales_dtype, groups_, scales);
       else
         for (int64_t g = 0; g < groups_; ++g) scales[g] = 1;
-      if (w_.layout == Lut4Layout::kCanonical) reorder(row(r), codes_ + r * code_bytes_);
+      if (w_.layout == Layout::kCanonical) reorder(row(r), codes_ + r * code_bytes_);
     }
   }
 
   const uint8_t* codes(int64_t r) const {
-    if (w_.layout == Lut4Layout::kCanonical) return codes_ + r * code_bytes_;
+    if (w_.layout == Layout::kCanonical) return codes_ + r * code_bytes_;
     return static_cast<const uint8_t*>(w_.qweight) + row(r) * (w_.K / 2);
   }
 

@@ -22,13 +22,13 @@ class ValueReader {
   static int64_t columns() { return kPanelCols; }
 
   int64_t scratch_floats(int64_t blocks) const {
-    return p_.layout == Sparse24Layout::kCpu ? 0 : blocks * kBlockFloats;
+    return p_.layout == Layout::kCpu ? 0 : blocks * kBlockFloats;
   }
 
   void load(int64_t first, int64_t count, int64_t k, int64_t words, void* scratch,
             Weight* blocks) const {
     for (int64_t b = 0; b < count; ++b) {
-      if (p_.layout == Sparse24Layout::kCpu) {
+      if (p_.layout == Layout::kCpu) {
         const int64_t word = (first + b) * (p_.K / kWordCols) + k / kWordCols;
         blocks[b] = {static_cast<const char*>(p_.values) + word * kWordBytes,
                      static_cast<const int32_t*>(p_.meta) + word * kBlockRows};

@@ -26,7 +26,7 @@ class CodeReader {
   }
 
   int64_t scratch_floats(int64_t blocks) const {
-    const int64_t own = p_.layout == Sparse24Layout::kCpu ? 0 : kBlockWords;
+    const int64_t own = p_.layout == Layout::kCpu ? 0 : kBlockWords;
     return blocks * (2 * kBlockRows + own);
   }
 
@@ -38,7 +38,7 @@ class CodeReader {
     int32_t* own = reinterpret_cast<int32_t*>(zeros + count * kBlockRows);
     for (int64_t b = 0; b < count; ++b) {
       const int32_t *codes, *meta;
-      if (p_.layout == Sparse24Layout::kCpu) {
+      if (p_.layout == Layout::kCpu) {
         const int64_t word = (first + b) * (p_.K / kWordCols) + k / kWordCols;
         codes = static_cast<const int32_t*>(p_.qvalues) + 2 * word * kBlockRows;
         meta = static_cast<const int32_t*>(p_.meta) + word * kBlockRows;
@@ -74,7 +74,7 @@ class CodeReader {
 
   // Scales and zero points of some rows; scale 0 beyond N.
   void load_grids(int64_t n0, int64_t rows, int64_t group, float* scales, float* zeros) const {
-    if (p_.layout == Sparse24Layout::kCpu) {
+    if (p_.layout == Layout::kCpu) {
       const int64_t at = group * p_.N + n0;
       // The next groups' scales lie rows of N further, where no hardware prefetcher looks; those of
       // the very next group are wanted too soon.

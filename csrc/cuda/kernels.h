@@ -6,24 +6,8 @@
 
 namespace llmkern::cuda {
 
-// A product with a weight in one of the CUDA layouts, whose chunks hold all that decoding them
-// takes.
-struct ChunkGemmParams {
-  const void* x;       // [M, K], row stride x_stride; both in 16-byte pieces
-  const void* chunks;  // [ceil(N / 64), ceil(K / 128), bytes], 16-byte aligned
-  const void* bias;    // [N] in x's type, or null
-  void* out;           // [M, N]
-  int64_t M, N, K, x_stride;
-};
-
-// What chunks of codes hold beside them.
-struct ChunkGrids {
-  int64_t group_size;
-  DType scales_dtype;
-  bool zeros;
-};
-
-// How such a weight is multiplied; chosen by llmkern/ops/_w4a16_config.py and _sparse24_config.py.
+// How a weight in one of the CUDA layouts is multiplied; chosen by llmkern/ops/_w4a16_config.py and
+// _sparse24_config.py.
 struct ChunkConfig {
   int rows;          // of x per CTA: 8, 16, 32, 64 or 128
   int split;         // slices of K
@@ -32,6 +16,7 @@ struct ChunkConfig {
   int stages = 0;    // chunks in the ring of a CTA, up to 16; 0: as many as fit everywhere. Without
                      // bulk as many as tiles of x: 4, or 3 for 128 rows
 };
+LLMKERN_FIELDS(ChunkConfig, rows, split, bulk, workspace, stages)
 
 void w4a16_gemm(const W4A16GemmParams& p, const ChunkConfig& config, void* stream);
 void dequantize_int4(const DequantizeInt4Params& p, void* stream);
@@ -49,13 +34,14 @@ struct PackChunksParams {
   int scale_bytes;
   bool split_pairs;  // codes in the order of int4_cuda.py, else of lut4_cuda.py
 };
+LLMKERN_FIELDS(PackChunksParams, qweight, scales, zeros, books, chunks, N, K, group_size,
+               scale_bytes, split_pairs)
 
 void pack_chunks(const PackChunksParams& p, void* stream);
 void unpack_chunks(const PackChunksParams& p, void* stream);
 // Weights in the CUDA layout, x in 16 bits (dtype).
-void sparse24_gemm(const ChunkGemmParams& p, DType dtype, const ChunkConfig& config, void* stream);
-void sparse24_w4a16_gemm(const ChunkGemmParams& p, DType dtype, const ChunkGrids& grids,
-                         const ChunkConfig& config, void* stream);
+void sparse24_gemm(const Sparse24GemmParams& p, const ChunkConfig& config, void* stream);
+void sparse24_w4a16_gemm(const Sparse24W4A16GemmParams& p, const ChunkConfig& config, void* stream);
 void hessian_update(const HessianUpdateParams& p, void* stream);
 // Every policy: obs_quantize.cu, which leaves some to obs_prune.cu.
 void obs_block(const ObsBlockParams& p, void* stream);

@@ -18,7 +18,7 @@ void lut4_gemm(const Lut4GemmParams& p, const ChunkConfig& config, void* stream)
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<T, float>) {
-      if (p.w.layout == Lut4Layout::kCuda) return lut4_tensor_core<T>(p, config, stream);
+      if (p.w.layout == Layout::kCuda) return lut4_tensor_core<T>(p, config, stream);
     }
     code_gemm<T>("lut4_gemm", p, stream);
   });

@@ -15,8 +15,9 @@
 
 namespace llmkern::cuda {
 
-void sparse24_gemm(const ChunkGemmParams& p, DType dtype, const ChunkConfig& config, void* stream) {
-  sparse24(p, dtype, Sparse24Format(), config, stream);
+void sparse24_gemm(const Sparse24GemmParams& p, const ChunkConfig& config, void* stream) {
+  const ChunkGemmParams common = {p.x, p.values, p.bias, p.out, p.M, p.N, p.K, p.x_stride};
+  sparse24(common, p.dtype, Sparse24Format(), config, stream);
 }
 
 }  // namespace llmkern::cuda

@@ -15,9 +15,10 @@
 
 namespace llmkern::cuda {
 
-void sparse24_w4a16_gemm(const ChunkGemmParams& p, DType dtype, const ChunkGrids& grids,
-                         const ChunkConfig& config, void* stream) {
-  sparse24(p, dtype, Sparse24Int4Format(grids), config, stream);
+void sparse24_w4a16_gemm(const Sparse24W4A16GemmParams& p, const ChunkConfig& config,
+                         void* stream) {
+  const ChunkGemmParams common = {p.x, p.qvalues, p.bias, p.out, p.M, p.N, p.K, p.x_stride};
+  sparse24(common, p.dtype, Sparse24Int4Format(p), config, stream);
 }
 
 }  // namespace llmkern::cuda

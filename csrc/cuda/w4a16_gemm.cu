@@ -19,7 +19,7 @@ void w4a16_gemm(const W4A16GemmParams& p, const ChunkConfig& config, void* strea
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<T, float>) {
-      if (p.w.layout == Int4Layout::kCuda) return w4a16_tensor_core<T>(p, config, stream);
+      if (p.w.layout == Layout::kCuda) return w4a16_tensor_core<T>(p, config, stream);
     }
     code_gemm<T>("w4a16_gemm", p, stream);
   });

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import dtype_name
 from llmkern.assets import calibration_text
 from llmkern.models import context_length, vocabulary_size
 
@@ -182,7 +183,7 @@ def _tensor_file(path: Path, argument: str) -> Tensor:
 
 def _check_integers(tokens: Tensor, argument: str) -> Tensor:
     if tokens.dtype not in _INTEGERS or tokens.dim() not in (1, 2):
-        dtype = str(tokens.dtype).removeprefix("torch.")
+        dtype = dtype_name(tokens.dtype)
         raise ValueError(
             f"{argument}: got {dtype} {list(tokens.shape)}, expected int64 [n, seq_len] or [tokens]"
         )

@@ -79,12 +79,11 @@ def open_model(
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """The dtype that --dtype names, or None where it is not given."""
-    import torch
+    from llmkern._dtypes import FLOATS_BY_NAME
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in kinds:
-        raise ValueError(f"--dtype: got {name!r}, expected one of {', '.join(kinds)}")
-    return kinds[name] if name else None
+    if name is not None and name not in FLOATS_BY_NAME:
+        raise ValueError(f"--dtype: got {name!r}, expected one of {', '.join(FLOATS_BY_NAME)}")
+    return FLOATS_BY_NAME[name] if name else None
 
 
 def open_tokenizer(model_dir: str) -> Any:

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from llmkern._dtypes import FLOATS
 from llmkern.models import block_linears, find_blocks
 from llmkern.models.linears import shape_of
-from llmkern.ops._library import FLOATS
 from llmkern.patch import choose_linears, unmatched, warn_dense, winning_pattern
 
 _T = TypeVar("_T")

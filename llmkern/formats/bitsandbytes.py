@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import dtype_name
 from llmkern.formats.lut4 import (
     CODEBOOKS,
     Lut4Weight,
@@ -103,7 +104,7 @@ def to_bitsandbytes(weight: Lut4Weight) -> dict[str, Tensor]:
     state = {
         "quant_type": kind,
         "blocksize": block,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": dtype_name(weight.dtype),
         "shape": [N, K],
     }
     octets = weight.qweight.contiguous().view(torch.uint8).view(-1, 1)

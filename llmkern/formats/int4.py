@@ -161,3 +161,18 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
 def unpack_zeros(packed: Tensor, bits: int, N: int) -> Tensor:
     """Exact inverse of `pack_zeros`: int32 [ceil(N * bits / 32), groups] to uint8 [N, groups]."""
     return unpack_codes(packed.t().contiguous(), bits, N).t().contiguous()
+
+
+def check_canonical(qweight: Tensor, scales: Tensor, group_size: int) -> None:
+    """Refuse a canonical weight whose parts do not fit together.
+
+    Raises:
+        ValueError: says what was given.
+    """
+    N, groups = scales.shape
+    K = groups * group_size
+    if group_size <= 0 or group_size % 32 or tuple(qweight.shape) != (N, K // 8):
+        raise ValueError(
+            f"group_size, qweight: got {group_size} and {list(qweight.shape)}, expected a multiple of "
+            f"32 and [{N}, K/8] with K = {groups} groups of group_size"
+        )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llmkern._memory import empty_huge
-from llmkern.formats.int4 import pack_zeros, unpack_zeros
+from llmkern.formats.int4 import check_canonical, pack_zeros, unpack_zeros
 
 BLOCK = 64
 _NIBBLES = 0x0F0F0F0F
@@ -51,13 +51,9 @@ def to_cpu_layout(
     Raises:
         ValueError: group_size and the shapes do not fit together.
     """
+    check_canonical(qweight, scales, group_size)
     N, groups = scales.shape
     K = groups * group_size
-    if group_size <= 0 or group_size % 32 or tuple(qweight.shape) != (N, K // 8):
-        raise ValueError(
-            f"group_size, qweight: got {group_size} and {list(qweight.shape)}, expected a multiple of "
-            f"32 and [{N}, K/8] with K = {groups} groups of group_size"
-        )
     blocks, quads = -(-N // BLOCK), K // 4
     octets = torch.nn.functional.pad(qweight, (0, 0, 0, -N % BLOCK)).view(torch.uint8)
     codes = torch.stack((octets & 15, octets >> 4), -1)  # [blocks * 64, K/2, 2], one byte per code

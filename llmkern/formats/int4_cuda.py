@@ -35,7 +35,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmkern.formats.int4 import pack_zeros, unpack_zeros
+from llmkern.formats.int4 import check_canonical, pack_zeros, unpack_zeros
 
 ROWS, COLUMNS = 64, 128
 CODE_BYTES = ROWS * COLUMNS // 2
@@ -183,21 +183,6 @@ def from_cuda_layout(
         back = pack_zeros(grid_from_chunks(inline_zeros, N, K, group_size), 4)
     canonical = pairs_from_chunks(fragment_pairs(codes), N, K)
     return canonical, grid_from_chunks(grid, N, K, group_size), back
-
-
-def check_canonical(qweight: Tensor, scales: Tensor, group_size: int) -> None:
-    """Refuse a canonical weight whose parts do not fit together.
-
-    Raises:
-        ValueError: says what was given.
-    """
-    N, groups = scales.shape
-    K = groups * group_size
-    if group_size <= 0 or group_size % 32 or tuple(qweight.shape) != (N, K // 8):
-        raise ValueError(
-            f"group_size, qweight: got {group_size} and {list(qweight.shape)}, expected a multiple of "
-            f"32 and [{N}, K/8] with K = {groups} groups of group_size"
-        )
 
 
 def check_chunks(qweight: Tensor, scales: Tensor, group_size: int) -> None:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import dtype_name
 from llmkern.formats._format import Misfit, check_groups, groups_of
 
 # Kernels read 32 codes at a time, all of one scale.
@@ -133,7 +134,7 @@ class CodebookFormat:
     def __post_init__(self) -> None:
         if self.codebook.dtype != torch.float32 or self.codebook.shape[-1:] != (16,):
             raise ValueError(
-                f"codebook: got {str(self.codebook.dtype).removeprefix('torch.')} "
+                f"codebook: got {dtype_name(self.codebook.dtype)} "
                 f"{list(self.codebook.shape)}, expected float32 [.., 16]"
             )
         if not bool(torch.isfinite(self.codebook).all()):
@@ -304,6 +305,6 @@ def check_codebook(codebook: Tensor) -> None:
     """
     if codebook.dtype != torch.float32 or not 1 <= codebook.dim() <= 3 or codebook.shape[-1] != 16:
         raise ValueError(
-            f"codebook: got {str(codebook.dtype).removeprefix('torch.')} {list(codebook.shape)}, "
+            f"codebook: got {dtype_name(codebook.dtype)} {list(codebook.shape)}, "
             "expected float32 [16], [N, 16] or [N, K/group_size, 16]"
         )

@@ -33,9 +33,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import FLOATS, dtype_name
 from llmkern.formats.int4 import pack_codes, unpack_codes
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Fewer zeros than this, and a weight that happens to fit the pattern is no pruned one.
 LEAST_SPARSITY = 0.45
 # The nibble of each set of kept columns, as bits of the index: 0b0011 keeps columns 0 and 1.
@@ -52,9 +52,9 @@ def _lookup(entries: dict[int, int], index: Tensor) -> Tensor:
 
 def _check_matrix(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], unit: int) -> None:
     if t.dim() != 2 or t.dtype not in dtypes or t.shape[1] % unit:
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        kinds = " or ".join(map(dtype_name, dtypes))
         raise ValueError(
-            f"{name}: got {str(t.dtype).removeprefix('torch.')} {list(t.shape)}, expected {kinds} "
+            f"{name}: got {dtype_name(t.dtype)} {list(t.shape)}, expected {kinds} "
             f"[N, K] with K a multiple of {unit}"
         )
 
@@ -89,8 +89,7 @@ def _gather_kept(dense: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:
     if mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(
-            f"mask: got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}, expected bool "
-            f"{list(shape)}"
+            f"mask: got {dtype_name(mask.dtype)} {list(mask.shape)}, expected bool {list(shape)}"
         )
 
 
@@ -135,7 +134,7 @@ def check_parts(name: str, t: Tensor, meta: Tensor, per_octet: int) -> tuple[int
     N, octets = meta.shape if meta.dim() == 2 else (0, -1)
     if meta.dtype != torch.uint8 or tuple(t.shape) != (N, octets * per_octet):
         raise ValueError(
-            f"{name}, meta: got {list(t.shape)} and {str(meta.dtype).removeprefix('torch.')} "
+            f"{name}, meta: got {list(t.shape)} and {dtype_name(meta.dtype)} "
             f"{list(meta.shape)}, expected [N, K/{8 // per_octet}] and uint8 [N, K/8]"
         )
     return N, octets
@@ -241,3 +240,20 @@ def decompress_codes(
     dense = fill.expand(N, 8 * octets).contiguous().view(N, 2 * octets, 4)
     dense = dense.scatter(2, kept_places(meta), kept)
     return dense.view(N, 8 * octets), mask_of(meta)
+
+
+def check_codes(qvalues: Tensor, meta: Tensor, scales: Tensor, group_size: int) -> None:
+    """Refuse a canonical weight of codes whose parts do not fit together.
+
+    Raises:
+        ValueError: says what was given.
+    """
+    N, groups = scales.shape
+    K = groups * group_size
+    shapes = (tuple(qvalues.shape), tuple(meta.shape))
+    if group_size <= 0 or group_size % 32 or shapes != ((N, K // 16), (N, K // 8)):
+        raise ValueError(
+            f"group_size, qvalues, meta: got {group_size}, {list(qvalues.shape)} and "
+            f"{list(meta.shape)}, expected a multiple of 32, [{N}, K/16] and [{N}, K/8] with K = "
+            f"{groups} groups of group_size"
+        )

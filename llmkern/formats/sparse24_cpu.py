@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llmkern._memory import empty_huge
 from llmkern.formats.int4 import pack_bits, unpack_zeros
-from llmkern.formats.sparse24 import check_parts
+from llmkern.formats.sparse24 import check_codes, check_parts
 
 ROWS, COLUMNS = 16, 32
 # Place in a word of each code, and its inverse: even codes in the low half, odd ones in the high half.
@@ -136,15 +136,9 @@ def int4_to_cpu_layout(
     Raises:
         ValueError: group_size and the shapes do not fit together, or N is no multiple of 16.
     """
+    check_codes(qvalues, meta, scales, group_size)
     N, groups = scales.shape
     K = groups * group_size
-    shapes = (tuple(qvalues.shape), tuple(meta.shape))
-    if group_size <= 0 or group_size % 32 or shapes != ((N, K // 16), (N, K // 8)):
-        raise ValueError(
-            f"group_size, qvalues, meta: got {group_size}, {list(qvalues.shape)} and "
-            f"{list(meta.shape)}, expected a multiple of 32, [{N}, K/16] and [{N}, K/8] with K = "
-            f"{groups} groups of group_size"
-        )
     _expect_fit(N, K)
     kernel_scales = empty_huge((groups, N), scales.dtype).copy_(scales.t())
     return (

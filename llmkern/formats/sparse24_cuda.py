@@ -48,6 +48,7 @@ from llmkern.formats.int4_cuda import (
     grid_to_chunks,
     inline_group_size,
 )
+from llmkern.formats.sparse24 import check_codes
 
 META_BYTES = ROWS * COLUMNS // 16  # of one half
 VALUE_BYTES, CODE_BYTES = ROWS * COLUMNS // 2, ROWS * COLUMNS // 8  # likewise
@@ -192,13 +193,9 @@ def int4_to_cuda_layout(
     Raises:
         ValueError: group_size and the shapes do not fit together.
     """
+    check_codes(qvalues, meta, scales, group_size)
     N, groups = scales.shape
     K = groups * group_size
-    fits = group_size > 0 and group_size % 32 == 0
-    fits = fits and tuple(qvalues.shape) == (N, K // 16) and tuple(meta.shape) == (N, K // 8)
-    got = f"{group_size}, {list(qvalues.shape)} and {list(meta.shape)}"
-    wanted = f"a multiple of 32, [{N}, K/16] and [{N}, K/8] with K = {groups} groups of group_size"
-    _expect(fits, "group_size, qvalues, meta", got, wanted)
     words = pad(qvalues, (0, -K % COLUMNS // 16, 0, -N % ROWS)).contiguous()
     lanes = _pairs_to_lanes(words.view(torch.uint8), True)
     tiles, chunks = lanes.shape[:2]

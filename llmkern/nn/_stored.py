@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import FLOATS_BY_NAME
 from llmkern.nn._packed_linear import PackedLinear
 from llmkern.nn.packed import PACKED
-
-_DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def describe_packed(layer: PackedLinear) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -40,4 +38,5 @@ def rebuild_packed(
         ValueError: tensors that do not fit the description (named).
     """
     kind = next(kind for kind in PACKED if kind.__name__ == entry["class"])
-    return kind.from_stored({**entry, "dtype": _DTYPES[entry["dtype"]]}, tensors, bias)
+    dtype = FLOATS_BY_NAME[entry["dtype"].removeprefix("torch.")]
+    return kind.from_stored({**entry, "dtype": dtype}, tensors, bias)

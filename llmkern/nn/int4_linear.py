@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import FLOATS, dtype_name
 from llmkern.formats import Misfit
 from llmkern.formats.int4 import QuantFormat, pack_codes, pack_zeros
 from llmkern.formats.int4_cpu import from_cpu_layout, to_cpu_layout
@@ -24,7 +25,6 @@ from llmkern.ops import dequantize_int4, round_to_nearest, w4a16_gemm
 from llmkern.ops._cuda_layout import pack_int4, unpack_int4
 
 BITS = (2, 3, 4)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Int4Linear(PackedLinear):
@@ -397,16 +397,16 @@ class Int4Linear(PackedLinear):
         groups = K // self.group_size
         wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
             "weight_packed": ((torch.int32,), (N, -(-K * self.bits // 32))),
-            "weight_scale": (_FLOATS, (N, groups)),
+            "weight_scale": (FLOATS, (N, groups)),
             "weight_zero_point": ((torch.int32,), (-(-N * self.bits // 32), groups)),
             "weight_shape": ((torch.int64,), (2,)),
-            "bias": (_FLOATS, (N,)),
+            "bias": (FLOATS, (N,)),
         }
         dtypes, shape = wanted[name]
         if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-            kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            kinds = " or ".join(map(dtype_name, dtypes))
             return (
-                f"{name}: got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, "
+                f"{name}: got {dtype_name(tensor.dtype)} {list(tensor.shape)}, "
                 f"expected {kinds} {list(shape)} (N = {N}, K = {K}, bits = {self.bits}, group_size = "
                 f"{self.group_size})"
             )

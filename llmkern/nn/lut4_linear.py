@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import FLOATS, dtype_name
 from llmkern.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from llmkern.formats.int4 import pack_codes
 from llmkern.formats.lut4 import (
@@ -27,8 +28,6 @@ from llmkern.nn._packed_linear import PackedLinear
 from llmkern.ops._cuda_layout import pack_lut4, unpack_lut4
 from llmkern.ops.dequantize_lut4 import dequantize_lut4
 from llmkern.ops.lut4_gemm import lut4_gemm
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Lut4Linear(PackedLinear):
@@ -238,14 +237,14 @@ class Lut4Linear(PackedLinear):
             check_codebook(tensor)
             wanted, shapes = (torch.float32,), ((16,), (N, 16), (N, groups, 16))
         else:
-            wanted = (torch.int32,) if name == "weight_packed" else _FLOATS
+            wanted = (torch.int32,) if name == "weight_packed" else FLOATS
             one = {"weight_packed": (N, K // 8), "weight_scale": (N, groups)}
             shapes = (one.get(name, (N,)),)
         if tensor.dtype in wanted and tuple(tensor.shape) in shapes:
             return None
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in wanted)
+        kinds = " or ".join(map(dtype_name, wanted))
         return (
-            f"{name}: got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, expected "
+            f"{name}: got {dtype_name(tensor.dtype)} {list(tensor.shape)}, expected "
             f"{kinds} {' or '.join(str(list(s)) for s in shapes)} (N = {N}, K = {K}, group_size = "
             f"{self.group_size})"
         )

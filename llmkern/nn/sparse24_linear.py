@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import _backends
+from llmkern._dtypes import FLOATS, dtype_name
 from llmkern.formats import sparse24_cpu, sparse24_cuda
-from llmkern.formats.sparse24 import FLOATS, check_meta, check_parts, compress, is_pruned24
+from llmkern.formats.sparse24 import check_meta, check_parts, compress, is_pruned24
 from llmkern.models.linears import dense_weight
 from llmkern.nn._packed_linear import PackedLinear
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
@@ -235,7 +236,7 @@ class Sparse24Linear(PackedLinear):
         shape = (self.out_features, self.in_features)
         if tuple(weight.shape) != shape or weight.dtype not in FLOATS:
             raise ValueError(
-                f"weight: got {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}, expected "
+                f"weight: got {dtype_name(weight.dtype)} {list(weight.shape)}, expected "
                 f"a float dtype {list(shape)}"
             )
         if weight.is_meta:

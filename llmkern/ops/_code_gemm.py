@@ -6,7 +6,7 @@ among them; its backends take that and the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,12 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._library import DTYPE_CODES, FLOATS, LIBRARY, expect, pointer, register
-from llmkern.ops._w4a16_config import CHUNK_ROWS, DENSE_BYTES, Chunks, select_config
+from llmkern._dtypes import FLOAT_NAMES, FLOATS, dtype_name
+from llmkern.ops._library import LIBRARY, expect, kernels, pointer, register
+from llmkern.ops._w4a16_config import CHUNK_ROWS, DENSE_BYTES, Chunks, Config, select_config
+
+_PLAIN = Config("plain", rows=0)
+Select = Callable[[int, int, int, int], Config]  # called with M, N, K and a compute capability
 
 
 def check_product(
@@ -34,7 +38,7 @@ def check_product(
     if bias is None:
         return
     if bias.shape != (N,) or bias.dtype != x.dtype or bias.device != x.device:
-        wanted = f"{str(x.dtype).removeprefix('torch.')} [{N}] on {x.device}"
+        wanted = f"{dtype_name(x.dtype)} [{N}] on {x.device}"
         expect(False, op, "bias", bias, wanted)
 
 
@@ -110,60 +114,82 @@ def refuse_cpu(call: Any, out: Tensor) -> str | None:
     return _backends.refuse_cpu(call.x.device.type)
 
 
-def launch_compiled(
-    module: str, op: str, weight: Sequence[int], call: Any, out: Tensor, rest: Sequence[Any]
-) -> None:
-    """Run the kernel `op` of llmkern.<module>.
+def launch_cpu(op: str, weight: Mapping[str, Any], call: Any, out: Tensor) -> None:
+    """Run a CPU kernel.
 
     Args:
-        module: "_cpu" or "_cuda".
         op: name of the kernel.
-        weight: addresses of the weight's tensors.
+        weight: what it takes besides x, bias, out, their sizes and dtype.
         call: the op's arguments.
         out: [M, N].
-        rest: what follows M, N, K and the stride of x.
     """
-    compiled, _ = _backends.compiled_module(module)
-    assert compiled is not None
-    addresses = (pointer(call.x), *weight, pointer(call.bias), pointer(out))
-    sizes = (*out.shape, call.x.shape[1], call.x.stride(0))
-    getattr(compiled, op)(*addresses, *sizes, *rest)
+    getattr(kernels("_cpu"), op)(**weight, **_operands(call, out))
+
+
+def _operands(call: Any, out: Tensor) -> dict[str, Any]:
+    """The fields that the structs of all products have."""
+    M, N = out.shape
+    x = call.x
+    return {
+        "x": pointer(x),
+        "bias": pointer(call.bias),
+        "out": pointer(out),
+        "M": M,
+        "N": N,
+        "K": x.shape[1],
+        "x_stride": x.stride(0),
+        "dtype": FLOAT_NAMES[x.dtype],
+    }
+
+
+def select_by(chunks: Chunks) -> Select:
+    """The choice for a weight that is not sparse."""
+    return lambda M, N, K, sm: select_config(M, N, K, chunks, sm)
 
 
 def launch_cuda(
     op: str,
-    weight: Sequence[int],
+    weight: Mapping[str, Any],
     call: Any,
     out: Tensor,
-    kinds: Sequence[int],
-    chunks: Chunks | None,
-    dequantize_rows: Callable[[int, int], Tensor],
+    select: Select | None,
+    dequantize_rows: Callable[[int, int], Tensor] | None = None,
 ) -> None:
     """Run a CUDA kernel, or dequantize and cuBLAS.
 
     Args:
         op: name of the kernel.
-        weight: addresses of the weight's tensors.
+        weight: what it takes besides x, bias, out, their sizes and dtype, and how to run.
         call: the op's arguments.
         out: [M, N].
-        kinds: the numbers that say how the weight is stored.
-        chunks: of a weight in the cuda layout, None in the canonical one.
-        dequantize_rows: rows `first` to `last` of the weight in x's dtype, `first` a multiple of 64.
+        select: chooses the config of a weight in the cuda layout; None for the canonical one.
+        dequantize_rows: rows `first` to `last` of the weight in x's dtype, `first` a multiple of 64; for
+            an op that has a "dense" tier or takes float32 x in the cuda layout.
     """
-    rows, split, stages, bulk, workspace = 0, 1, 0, False, None
-    if chunks is not None:
+    config, workspace = _PLAIN, None
+    if select is not None:
         (M, N), K = out.shape, call.x.shape[1]
-        config = select_config(M, N, K, chunks, _backends.cuda_capability(out.device))
+        config = select(M, N, K, _backends.cuda_capability(out.device))
         if config.tier == "dense" or call.x.dtype == torch.float32:
+            assert dequantize_rows is not None
             return _multiply_dense(call.x, call.bias, out, dequantize_rows)
-        rows, split, stages, bulk = config.rows, config.split, config.stages, config.bulk
         if call.x.data_ptr() % 16 or call.x.stride(0) % 8:
             # It is copied in 16-byte pieces.
             call = call._replace(x=call.x.clone(memory_format=torch.contiguous_format))
-        if split > 1 and not bulk:
-            workspace = out.new_empty((split, M, N), dtype=torch.float32)
-    rest = (call.group_size, *kinds, rows, split, stages, bulk, pointer(workspace))
-    launch_compiled("_cuda", op, weight, call, out, (*rest, *_backends.cuda_queue(call.x.device)))
+        if config.split > 1 and not config.bulk:
+            workspace = out.new_empty((config.split, M, N), dtype=torch.float32)
+    device, stream = _backends.cuda_queue(call.x.device)
+    getattr(kernels("_cuda"), op)(
+        **weight,
+        **_operands(call, out),
+        rows=config.rows,
+        split=config.split,
+        bulk=config.bulk,
+        workspace=pointer(workspace),
+        stages=config.stages,
+        device=device,
+        stream=stream,
+    )
 
 
 def _multiply_dense(
@@ -179,8 +205,3 @@ def _multiply_dense(
             torch.mm(x, w.t(), out=piece)
         else:
             torch.addmm(bias[first:last], x, w.t(), out=piece)
-
-
-def dtype_code(t: Tensor | None) -> int:
-    """How the compiled kernels call the dtype of a tensor that may be absent."""
-    return 0 if t is None else DTYPE_CODES[t.dtype]

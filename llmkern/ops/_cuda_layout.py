@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmkern import _backends
-from llmkern.formats import int4_cuda, lut4_cuda
-from llmkern.ops._library import pointer
+from llmkern.formats import int4, int4_cuda, lut4_cuda
+from llmkern.ops._library import kernels, pointer
 
 
 def _served(qweight: Tensor) -> bool:
@@ -28,19 +28,21 @@ def _run(
     split_pairs: bool,
 ) -> None:
     """`grids`: scales, packed zero points and books of groups, in the canonical layout."""
-    module, _ = _backends.compiled_module("_cuda")
-    assert module is not None
-    N, K = qweight.shape[0], qweight.shape[1] * 8
-    getattr(module, f"{direction}_chunks")(
-        pointer(qweight),
-        *map(pointer, grids),
-        pointer(chunks),
-        N,
-        K,
-        group_size,
-        0 if grids[0] is None else grids[0].element_size(),
-        split_pairs,
-        *_backends.cuda_queue(qweight.device),
+    scales, zeros, books = grids
+    device, stream = _backends.cuda_queue(qweight.device)
+    getattr(kernels("_cuda"), f"{direction}_chunks")(
+        qweight=pointer(qweight),
+        scales=pointer(scales),
+        zeros=pointer(zeros),
+        books=pointer(books),
+        chunks=pointer(chunks),
+        N=qweight.shape[0],
+        K=qweight.shape[1] * 8,
+        group_size=group_size,
+        scale_bytes=0 if scales is None else scales.element_size(),
+        split_pairs=split_pairs,
+        device=device,
+        stream=stream,
     )
 
 
@@ -50,7 +52,7 @@ def pack_int4(
     """`int4_cuda.to_cuda_layout`."""
     if not _served(qweight):
         return int4_cuda.to_cuda_layout(qweight, scales, zeros, group_size)
-    int4_cuda.check_canonical(qweight, scales, group_size)
+    int4.check_canonical(qweight, scales, group_size)
     N, groups = scales.shape
     shape = int4_cuda.cuda_shape(
         N, groups * group_size, group_size, scales.element_size(), zeros is None

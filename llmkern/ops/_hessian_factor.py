@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmkern import _backends
-from llmkern.ops._library import pointer
+from llmkern.ops._library import kernels, pointer
 
 # A failed factorization is tried again with more damping, then with a floor under the diagonal, then
 # in float64; only then is the Hessian given up.
@@ -132,12 +132,17 @@ def _factor(
 
 def _factor_cpu(H: Tensor, diagonal: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """The compiled kernel; besides U it needs half a K x K matrix."""
-    module, _ = _backends.compiled_module("_cpu")
-    assert module is not None
     H, diagonal = H.float().contiguous(), diagonal.float().contiguous()
     U, d = torch.empty_like(H), torch.empty_like(diagonal)
-    arguments = [pointer(t) for t in (H, diagonal, order, U, d)]
-    return (U, d) if module.hessian_factor(*arguments, len(H)) else None
+    factored = kernels("_cpu").hessian_factor(
+        H=pointer(H),
+        diagonal=pointer(diagonal),
+        order=pointer(order),
+        U=pointer(U),
+        d=pointer(d),
+        K=len(H),
+    )
+    return (U, d) if factored else None
 
 
 def _factor_torch(

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from llmkern import _backends
+from llmkern._dtypes import FLOATS, dtype_name
 from llmkern.formats.int4_cpu import from_cpu_layout
 from llmkern.formats.int4_cuda import chunk_bytes, cuda_shape, is_symmetric
 from llmkern.ops._cuda_layout import unpack_int4
-from llmkern.ops._library import FLOATS, describe, expect, pointer
-
-LAYOUTS = ("canonical", "cpu", "cuda")
+from llmkern.ops._library import check_group_size, check_layout, describe, expect, pointer
 
 
 def weight_shape(scales: Tensor, group_size: int, layout: str) -> tuple[int, int]:
@@ -28,10 +27,8 @@ def check_weight(
     Raises:
         ValueError: names the argument, what it was and what was expected.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"{op}: layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    if group_size <= 0 or group_size % 32:
-        raise ValueError(f"{op}: group_size: got {group_size}, expected a positive multiple of 32")
+    check_layout(op, layout)
+    check_group_size(op, group_size)
     expect(
         scales.dim() == 2 and scales.dtype in FLOATS,
         op,
@@ -63,7 +60,7 @@ def check_weight(
         if tensor.dtype != kind or tensor.shape != want:
             raise ValueError(
                 f"{op}: {name}: got {describe(tensor)}, expected "
-                f"{str(kind).removeprefix('torch.')} {list(want)} (N = {N}, K = {K}, group_size = "
+                f"{dtype_name(kind)} {list(want)} (N = {N}, K = {K}, group_size = "
                 f"{group_size}, {layout} layout)"
             )
         # In the cuda layout scales stands for its shape and dtype only.

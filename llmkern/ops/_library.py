@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern import _backends
+from llmkern._dtypes import dtype_name
+
 LIBRARY = torch.library.Library("llmkern", "DEF")  # type: ignore[no-untyped-call]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Of a compressed weight: Layout of csrc/llmkern.h.
+LAYOUTS = ("canonical", "cpu", "cuda")
 
-# What the compiled kernels call dtypes and layouts: DType and Int4Layout in csrc/llmkern.h.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LAYOUT_CODES = {"canonical": 0, "cpu": 1, "cuda": 2}
+
+def kernels(module: str) -> Any:
+    """The compiled module llmkern.<module>, which a backend that serves a call has.
+
+    Its functions take the fields of their structs in csrc/llmkern.h by name.
+    """
+    compiled, _ = _backends.compiled_module(module)
+    assert compiled is not None
+    return compiled
 
 
 def pointer(t: Tensor | None) -> int:
@@ -52,7 +62,19 @@ def describe(t: Tensor | None) -> str:
     """dtype, shape and device of an argument, for error messages."""
     if t is None:
         return "None"
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
+    return f"{dtype_name(t.dtype)} {list(t.shape)} on {t.device}"
+
+
+def check_layout(op: str, layout: str) -> None:
+    """Raise the ValueError of an unknown layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"{op}: layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+
+
+def check_group_size(op: str, group_size: int) -> None:
+    """Raise the ValueError of a group size that no kernel reads."""
+    if group_size <= 0 or group_size % 32:
+        raise ValueError(f"{op}: group_size: got {group_size}, expected a positive multiple of 32")
 
 
 def expect(condition: bool, op: str, argument: str, got: Tensor | None, wanted: str) -> None:

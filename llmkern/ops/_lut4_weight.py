@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import FLOAT_NAMES, FLOATS
 from llmkern.formats.lut4_cpu import from_cpu_layout
 from llmkern.formats.lut4_cuda import cuda_shape, has_scales
 from llmkern.ops._cuda_layout import unpack_lut4
-from llmkern.ops._library import FLOATS, describe, expect, pointer
+from llmkern.ops._library import check_group_size, check_layout, describe, expect, pointer
 from llmkern.ops._w4a16_config import Chunks
-
-LAYOUTS = ("canonical", "cpu", "cuda")
 
 
 def weight_shape(
@@ -32,10 +31,8 @@ def check_weight(
     Raises:
         ValueError: names the argument, what it was and what was expected.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"{op}: layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    if group_size <= 0 or group_size % 32:
-        raise ValueError(f"{op}: group_size: got {group_size}, expected a positive multiple of 32")
+    check_layout(op, layout)
+    check_group_size(op, group_size)
     cuda = layout == "cuda"
     if cuda and (scales is None or scales.dim() != 2 or scales.dtype not in FLOATS):
         wanted = "float32, bfloat16 or float16 [K/group_size, N] (cuda layout)"
@@ -90,6 +87,18 @@ def _check_chunks(
         expect(False, op, "qweight", qweight, wanted)
     if not qweight.is_contiguous():
         expect(False, op, "qweight", qweight, "a contiguous tensor")
+
+
+def book_strides(codebook: Tensor, K: int, group_size: int) -> tuple[int, int]:
+    """Entries between the books of two rows and of two groups; 0 where it is the same book."""
+    if codebook.dim() == 3:
+        return K // group_size * 16, 16
+    return (16, 0) if codebook.dim() == 2 else (0, 0)
+
+
+def scales_name(scales: Tensor | None) -> str:
+    """The dtype of the scales as the compiled kernels take it; any if there are none."""
+    return FLOAT_NAMES[torch.float32 if scales is None else scales.dtype]
 
 
 def cuda_scales(

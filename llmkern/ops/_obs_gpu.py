@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmkern import _backends
-from llmkern.ops._library import pointer
+from llmkern.ops._library import kernels, pointer
 from llmkern.ops._obs_blocks import (
     Block,
     BlockGrid,
@@ -23,46 +23,71 @@ from llmkern.ops._obs_grid import Outputs
 
 def cuda_block(block: Block) -> None:
     """A `LaunchBlock` of `_obs_blocks`."""
-    module, _ = _backends.compiled_module("_cuda")
-    assert module is not None
     grid, (E, N, K) = block.grid, block.w.shape
-    tensors = (
-        *(block.w, block.U, block.d),
-        *((grid.g_idx, grid.codebook, grid.scales, grid.zeros) if grid else (None,) * 4),
-        *(block.mask, grid.codes if grid else None, block.work, block.loss, block.error),
-    )
-    sizes = (
-        *(E, N, K, grid.scales.shape[2] if grid else 0),
-        *(grid.book_strides() if grid else (0, 0, 0)),
-        *(block.first, block.last, block.work_first),
-        *(block.work.shape[2], block.error.shape[2]),
-    )
-    module.obs_block(
-        [pointer(t) for t in tensors],
-        sizes,
-        grid.bits if grid else 0,
-        block.kept,
-        block.size,
-        *_backends.cuda_queue(block.w.device),
+    tensors = {
+        "w": block.w,
+        "U": block.U,
+        "d": block.d,
+        "g_idx": grid.g_idx if grid else None,
+        "codebook": grid.codebook if grid else None,
+        "scales": grid.scales if grid else None,
+        "zeros": grid.zeros if grid else None,
+        "mask": block.mask,
+        "codes": grid.codes if grid else None,
+        "work": block.work,
+        "loss": block.loss,
+        "error": block.error,
+    }
+    book_expert, book_row, book_group = grid.book_strides() if grid else (0, 0, 0)
+    device, stream = _backends.cuda_queue(block.w.device)
+    kernels("_cuda").obs_block(
+        **{name: pointer(tensor) for name, tensor in tensors.items()},
+        E=E,
+        N=N,
+        K=K,
+        groups=grid.scales.shape[2] if grid else 0,
+        book_expert=book_expert,
+        book_row=book_row,
+        book_group=book_group,
+        first=block.first,
+        last=block.last,
+        work_first=block.work_first,
+        work_stride=block.work.shape[2],
+        error_stride=block.error.shape[2],
+        bits=grid.bits if grid else 0,
+        kept=block.kept,
+        size=block.size,
+        device=device,
+        stream=stream,
     )
 
 
 def cuda_select(reached: Tensor, d: Tensor, removed: int, per_row: bool, mask: Tensor) -> None:
     """A `Select` of `_obs_blocks`; allocates keys, int32 [E, columns, N], and their counts."""
-    module, _ = _backends.compiled_module("_cuda")
-    assert module is not None
     E, N, columns = reached.shape
     reached = reached.contiguous()
     keys = counts = None
     if not per_row:
         keys = torch.empty(E, columns, N, dtype=torch.int32, device=d.device)
-        size = module.obs_select_counts(N, columns)
+        size = kernels("_cuda").obs_select_counts(N, columns)
         counts = torch.zeros(E, size, dtype=torch.int32, device=d.device)
-    module.obs_select(
-        *(pointer(t) for t in (reached, d, mask, keys, counts)),
-        *(E, N, columns, d.stride(0), mask.stride(1)),
-        *(0 if counts is None else counts.shape[1], removed, per_row),
-        *_backends.cuda_queue(d.device),
+    device, stream = _backends.cuda_queue(d.device)
+    kernels("_cuda").obs_select(
+        reached=pointer(reached),
+        d=pointer(d),
+        mask=pointer(mask),
+        keys=pointer(keys),
+        counts=pointer(counts),
+        E=E,
+        N=N,
+        columns=columns,
+        d_stride=d.stride(0),
+        mask_stride=mask.stride(1),
+        counts_stride=0 if counts is None else counts.shape[1],
+        removed=removed,
+        per_row=per_row,
+        device=device,
+        stream=stream,
     )
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmkern import _backends
+from llmkern._dtypes import FLOAT_NAMES, FLOATS, dtype_name
 from llmkern.formats.int4 import BITS, QuantFormat
 from llmkern.formats.lut4 import CodebookFormat, LutFormat
-from llmkern.ops._library import DTYPE_CODES, FLOATS, expect, pointer
+from llmkern.ops._library import expect, pointer
 from llmkern.reference.obs_quantize import group_grid
 
 Format = QuantFormat | CodebookFormat | LutFormat
@@ -209,7 +209,7 @@ def _expect_all(
             op,
             name,
             tensor,
-            f"a contiguous {str(dtype).removeprefix('torch.')} {list(shape)}",
+            f"a contiguous {dtype_name(dtype)} {list(shape)}",
         )
         expect(tensor.device == w.device, op, name, tensor, f"the device of w, {w.device}")
 
@@ -253,25 +253,40 @@ def refuse_cpu(call: Any, *_: object) -> str | None:
     return _backends.refuse_cpu(call.w.device.type)
 
 
-def cpu_loops(call: Any, out: Outputs) -> Iterator[tuple[ModuleType, Any]]:
-    """The compiled module and its description of the loop over each matrix of a batch.
+def cpu_loops(call: Any, out: Outputs) -> Iterator[dict[str, Any]]:
+    """What the compiled kernels take for the loop over each matrix of a batch.
 
     Without g_idx nothing is rounded.
     """
-    module, _ = _backends.compiled_module("_cpu")
-    assert module is not None
     w, codebook, g_idx, mask = call.w, call.codebook, call.g_idx, call.mask
-    dynamic = call.scales is None
-    scale_dtype = DTYPE_CODES[call.scale_dtype]
-    options = (call.bits, dynamic, call.symmetric, call.clip_search, scale_dtype)
-    strides = (0, 0)
+    rows = groups = 1
     if codebook is not None:
         _, rows, groups, _ = codebook.shape
-        strides = (groups * 16 if rows > 1 else 0, 16 if groups > 1 else 0)
     for e in range(len(w)):
-        grids = (None,) * 3 if g_idx is None else tuple(t[e] for t in out[:3])
-        tensors = (w[e], call.U[e], call.d[e], None if g_idx is None else g_idx[e], *grids)
-        kept = None if mask is None else mask[e]
         book = None if codebook is None else codebook[e if len(codebook) > 1 else 0]
-        addresses = [pointer(t) for t in (*tensors, out.w_hat[e], out.loss[e], kept, book)]
-        yield module, module.ObsLoop(*addresses, *w.shape[1:], call.group_size, *options, *strides)
+        tensors = {
+            "w": w[e],
+            "U": call.U[e],
+            "d": call.d[e],
+            "g_idx": None if g_idx is None else g_idx[e],
+            "codes": None if g_idx is None else out.codes[e],
+            "scales": None if g_idx is None else out.scales[e],
+            "zeros": None if g_idx is None else out.zeros[e],
+            "w_hat": out.w_hat[e],
+            "loss": out.loss[e],
+            "mask": None if mask is None else mask[e],
+            "codebook": book,
+        }
+        yield {
+            **{name: pointer(tensor) for name, tensor in tensors.items()},
+            "N": w.shape[1],
+            "K": w.shape[2],
+            "group_size": call.group_size,
+            "bits": call.bits,
+            "dynamic": call.scales is None,
+            "symmetric": call.symmetric,
+            "clip_search": call.clip_search,
+            "scales_dtype": FLOAT_NAMES[call.scale_dtype],
+            "book_row_stride": groups * 16 if rows > 1 else 0,
+            "book_group_stride": 16 if groups > 1 else 0,
+        }

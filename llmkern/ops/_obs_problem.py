@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import FLOATS
 from llmkern.ops._hessian_factor import HessianFactor, factorize_hessian
-from llmkern.ops._library import FLOATS, expect
+from llmkern.ops._library import expect
 
 Hessian = Tensor | HessianFactor | Sequence[HessianFactor]
 

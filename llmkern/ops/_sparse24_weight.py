@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern import _backends
+from llmkern._dtypes import FLOATS, dtype_name
 from llmkern.formats import sparse24_cpu, sparse24_cuda
-from llmkern.ops._library import FLOATS, describe, expect
-
-LAYOUTS = ("canonical", "cpu", "cuda")
-
-
-def check_layout(op: str, layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"{op}: layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+from llmkern.ops._library import check_group_size, check_layout, describe, expect
 
 
 def weight_shape(values: Tensor, meta: Tensor, layout: str) -> tuple[int, int]:
@@ -46,8 +41,7 @@ def check_weight(op: str, values: Tensor, meta: Tensor, layout: str) -> None:
         f"float32, bfloat16 or float16 of {dims[0]} dimensions ({layout} layout)",
     )
     kind = torch.int32 if layout == "cpu" else torch.uint8
-    name = str(kind).removeprefix("torch.")
-    wanted = f"{name} of {dims[1]} dimensions ({layout} layout)"
+    wanted = f"{dtype_name(kind)} of {dims[1]} dimensions ({layout} layout)"
     expect(meta.dim() == dims[1] and meta.dtype == kind, op, "meta", meta, wanted)
     if layout == "cuda" and values.dtype == torch.float32:
         expect(False, op, "values", values, "bfloat16 or float16 (cuda layout)")
@@ -84,8 +78,7 @@ def check_int4_weight(
         ValueError: names the argument, what it was and what was expected.
     """
     check_layout(op, layout)
-    if group_size <= 0 or group_size % 32:
-        raise ValueError(f"{op}: group_size: got {group_size}, expected a positive multiple of 32")
+    check_group_size(op, group_size)
     wanted = "a float32, bfloat16 or float16 matrix"
     expect(scales.dim() == 2 and scales.dtype in FLOATS, op, "scales", scales, wanted)
     N, K = int4_weight_shape(scales, group_size, layout)
@@ -101,7 +94,7 @@ def check_int4_weight(
         if tensor.dtype != kind or tensor.shape != shape:
             raise ValueError(
                 f"{op}: {name}: got {describe(tensor)}, expected "
-                f"{str(kind).removeprefix('torch.')} {list(shape)} (N = {N}, K = {K}, group_size = "
+                f"{dtype_name(kind)} {list(shape)} (N = {N}, K = {K}, group_size = "
                 f"{group_size}, {layout} layout)"
             )
         # In the cuda layout these two stand for their shape and dtype only.
@@ -140,6 +133,19 @@ def _zeros(N: int, groups: int, layout: str) -> tuple[torch.dtype, tuple[int, ..
 def refuse_cuda_layout(layout: str) -> str | None:
     """Why the CPU kernels cannot read a weight, or None."""
     return f"the weight is in the {layout} layout" if layout == "cuda" else None
+
+
+def refuse_cuda_weight(x: Tensor, weight: Tensor, layout: str) -> str | None:
+    """Why the compiled CUDA kernels cannot serve a product, or None."""
+    if reason := _backends.refuse_cuda(x.device):
+        return reason
+    if layout != "cuda":
+        return f"the weight is in the {layout} layout"
+    if x.dtype == torch.float32:
+        return "x is float32"
+    if weight.data_ptr() % 16:
+        return "the weight is not 16-byte aligned"
+    return None
 
 
 def canonical_weight(values: Tensor, meta: Tensor, layout: str) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,9 @@ class Config:
     """What runs.
 
     Attributes:
-        tier: "decode" or "tile", one kernel with different tiles; "dense", dequantize and cuBLAS.
+        tier: "decode" or "tile", one kernel with different tiles; "large" for 2:4 sparse weights;
+            "dense", dequantize and cuBLAS; "plain", a kernel of the canonical layout, which has no tiles
+            to choose.
         rows: of x per CTA, 8, 16, 32, 64 or 128.
         split: slices of K, added in a fixed order.
         bulk: bulk copies, clusters and programmatic launch.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
+from llmkern._dtypes import FLOAT_NAMES, FLOATS
 from llmkern.ops._int4_weight import (
     canonical_weight,
     check_weight,
@@ -17,7 +18,7 @@ from llmkern.ops._int4_weight import (
     refuse_triton_weight,
     weight_shape,
 )
-from llmkern.ops._library import DTYPE_CODES, FLOATS, LAYOUT_CODES, pointer, register
+from llmkern.ops._library import kernels, pointer, register
 from llmkern.reference.w4a16_gemm import dequantize_int4 as _reference
 
 SCHEMA = (
@@ -37,8 +38,21 @@ class _Call(NamedTuple):
     def weight(self) -> tuple[Tensor, Tensor, Tensor | None, int, str]:
         return self.qweight, self.scales, self.zeros, self.group_size, self.layout
 
-    def kinds(self) -> tuple[int, int, int]:
-        return DTYPE_CODES[self.dtype], DTYPE_CODES[self.scales.dtype], LAYOUT_CODES[self.layout]
+    def fields(self, out: Tensor, zeros: int) -> dict[str, Any]:
+        """What both compiled kernels take."""
+        N, K = out.shape
+        return {
+            "qweight": pointer(self.qweight),
+            "scales": pointer(self.scales),
+            "zeros": zeros,
+            "N": N,
+            "K": K,
+            "group_size": self.group_size,
+            "scales_dtype": FLOAT_NAMES[self.scales.dtype],
+            "layout": self.layout,
+            "out": pointer(out),
+            "dtype": FLOAT_NAMES[self.dtype],
+        }
 
 
 def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
@@ -46,10 +60,7 @@ def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
 
 
 def _launch_cpu(call: _Call, out: Tensor) -> None:
-    kernels: Any = _backends.compiled_module("_cpu")[0]
-    tensors = (call.qweight, call.scales, call.zeros, out)
-    addresses = [pointer(tensor) for tensor in tensors]
-    kernels.dequantize_int4(*addresses, *out.shape, call.group_size, *call.kinds())
+    kernels("_cpu").dequantize_int4(**call.fields(out, pointer(call.zeros)))
 
 
 def _launch_reference(call: _Call, out: Tensor) -> None:
@@ -61,17 +72,9 @@ def _refuse_cuda(call: _Call, out: Tensor) -> str | None:
 
 
 def _launch_cuda(call: _Call, out: Tensor) -> None:
-    kernels: Any = _backends.compiled_module("_cuda")[0]
-    kernels.dequantize_int4(
-        pointer(call.qweight),
-        pointer(call.scales),
-        cuda_zeros(*call.weight()),
-        pointer(out),
-        *out.shape,
-        call.group_size,
-        *call.kinds(),
-        *_backends.cuda_queue(out.device),
-    )
+    device, stream = _backends.cuda_queue(out.device)
+    fields = call.fields(out, cuda_zeros(*call.weight()))
+    kernels("_cuda").dequantize_int4(**fields, device=device, stream=stream)
 
 
 def _refuse_triton(call: _Call, out: Tensor) -> str | None:

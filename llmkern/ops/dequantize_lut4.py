@@ -13,9 +13,17 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
+from llmkern._dtypes import FLOAT_NAMES, FLOATS
 from llmkern.ops._int4_weight import refuse_cuda_weight
-from llmkern.ops._library import DTYPE_CODES, FLOATS, LAYOUT_CODES, pointer, register
-from llmkern.ops._lut4_weight import canonical_weight, check_weight, cuda_scales, weight_shape
+from llmkern.ops._library import kernels, pointer, register
+from llmkern.ops._lut4_weight import (
+    book_strides,
+    canonical_weight,
+    check_weight,
+    cuda_scales,
+    scales_name,
+    weight_shape,
+)
 from llmkern.reference.lut4_gemm import dequantize_lut4 as _reference
 
 SCHEMA = (
@@ -35,10 +43,24 @@ class _Call(NamedTuple):
     def weight(self) -> tuple[Tensor, Tensor, Tensor | None, int, str]:
         return self.qweight, self.codebook, self.scales, self.group_size, self.layout
 
-    def kinds(self) -> tuple[int, int, int, int]:
-        scales = 0 if self.scales is None else DTYPE_CODES[self.scales.dtype]
-        layout = LAYOUT_CODES[self.layout]
-        return self.codebook.dim() - 1, DTYPE_CODES[self.dtype], scales, layout
+    def fields(self, out: Tensor, scales: int) -> dict[str, Any]:
+        """What both compiled kernels take."""
+        N, K = out.shape
+        row, group = book_strides(self.codebook, K, self.group_size)
+        return {
+            "qweight": pointer(self.qweight),
+            "codebook": pointer(self.codebook),
+            "scales": scales,
+            "N": N,
+            "K": K,
+            "group_size": self.group_size,
+            "book_row_stride": row,
+            "book_group_stride": group,
+            "scales_dtype": scales_name(self.scales),
+            "layout": self.layout,
+            "out": pointer(out),
+            "dtype": FLOAT_NAMES[self.dtype],
+        }
 
 
 def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
@@ -46,9 +68,7 @@ def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
 
 
 def _launch_cpu(call: _Call, out: Tensor) -> None:
-    kernels: Any = _backends.compiled_module("_cpu")[0]
-    addresses = [pointer(tensor) for tensor in (call.qweight, call.codebook, call.scales, out)]
-    kernels.dequantize_lut4(*addresses, *out.shape, call.group_size, *call.kinds())
+    kernels("_cpu").dequantize_lut4(**call.fields(out, pointer(call.scales)))
 
 
 def _launch_reference(call: _Call, out: Tensor) -> None:
@@ -60,17 +80,9 @@ def _refuse_cuda(call: _Call, out: Tensor) -> str | None:
 
 
 def _launch_cuda(call: _Call, out: Tensor) -> None:
-    kernels: Any = _backends.compiled_module("_cuda")[0]
-    kernels.dequantize_lut4(
-        pointer(call.qweight),
-        pointer(call.codebook),
-        cuda_scales(*call.weight()),
-        pointer(out),
-        *out.shape,
-        call.group_size,
-        *call.kinds(),
-        *_backends.cuda_queue(call.qweight.device),
-    )
+    device, stream = _backends.cuda_queue(out.device)
+    fields = call.fields(out, cuda_scales(*call.weight()))
+    kernels("_cuda").dequantize_lut4(**fields, device=device, stream=stream)
 
 
 BACKENDS = (

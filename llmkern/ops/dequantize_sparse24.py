@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import FLOATS
 from llmkern.formats.sparse24 import decompress
-from llmkern.ops._library import FLOATS, register
+from llmkern.ops._library import register
 from llmkern.ops._sparse24_weight import (
     canonical_int4_weight,
     canonical_weight,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._library import DTYPE_CODES, FLOATS, expect, pointer, register
+from llmkern._dtypes import FLOAT_NAMES, FLOATS
+from llmkern.ops._library import expect, kernels, pointer, register
 from llmkern.reference.hessian_update import experts
 from llmkern.reference.hessian_update import hessian_update as _reference
 
@@ -28,15 +29,18 @@ def _refuse_cuda(H: Tensor, *args: object) -> str | None:
 
 
 def _launch_cuda(H: Tensor, x: Tensor, alpha: float, offsets: Tensor | None) -> None:
-    module, _ = _backends.compiled_module("_cuda")
-    assert module is not None
-    module.hessian_update(
-        *(pointer(t) for t in (H, x, offsets)),
-        len(H) if H.dim() == 3 else 1,
-        *x.shape[-2:],
-        alpha,
-        DTYPE_CODES[x.dtype],
-        *_backends.cuda_queue(x.device),
+    device, stream = _backends.cuda_queue(x.device)
+    kernels("_cuda").hessian_update(
+        H=pointer(H),
+        x=pointer(x),
+        T=x.shape[-2],
+        K=x.shape[-1],
+        alpha=alpha,
+        dtype=FLOAT_NAMES[x.dtype],
+        E=len(H) if H.dim() == 3 else 1,
+        offsets=pointer(offsets),
+        device=device,
+        stream=stream,
     )
 
 
@@ -55,12 +59,18 @@ def _refuse_cpu(H: Tensor, *args: object) -> str | None:
 
 
 def _launch_cpu(H: Tensor, x: Tensor, alpha: float, offsets: Tensor | None) -> None:
-    module, _ = _backends.compiled_module("_cpu")
-    assert module is not None
     for part, rows in experts(H, x, offsets):
         if len(rows):
-            arguments = (pointer(part), pointer(rows), *rows.shape)
-            module.hessian_update(*arguments, alpha, DTYPE_CODES[x.dtype])
+            kernels("_cpu").hessian_update(
+                H=pointer(part),
+                x=pointer(rows),
+                T=rows.shape[0],
+                K=rows.shape[1],
+                alpha=alpha,
+                dtype=FLOAT_NAMES[x.dtype],
+                E=1,
+                offsets=0,
+            )
 
 
 BACKENDS = (

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops._library import FLOATS, LIBRARY, expect, register
+from llmkern._dtypes import FLOATS
+from llmkern.ops._library import LIBRARY, expect, register
 from llmkern.reference.kd_loss import DIVERGENCES, kd_rows
 
 SCHEMA = (

@@ -6,7 +6,7 @@ As with integer codes, a small M is bound by reading the weights.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,22 @@ from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.ops._code_gemm import (
     check_product,
-    dtype_code,
-    launch_compiled,
+    launch_cpu,
     launch_cuda,
     multiply_rows,
     refuse_cpu,
     register_product,
+    select_by,
 )
 from llmkern.ops._int4_weight import refuse_cuda_weight, refuse_triton_weight
-from llmkern.ops._library import LAYOUT_CODES, pointer
+from llmkern.ops._library import pointer
 from llmkern.ops._lut4_weight import (
+    book_strides,
     canonical_weight,
     check_weight,
     cuda_chunks,
     cuda_scales,
+    scales_name,
     weight_shape,
 )
 from llmkern.ops._w4a16_config import CHUNK_ROWS
@@ -53,14 +55,22 @@ class Call(NamedTuple):
     layout: str
 
 
-def _kinds(call: Call) -> tuple[int, int, int, int]:
-    layout = LAYOUT_CODES[call.layout]
-    return call.codebook.dim() - 1, dtype_code(call.x), dtype_code(call.scales), layout
+def _weight(call: Call, scales: int) -> dict[str, Any]:
+    row, group = book_strides(call.codebook, call.x.shape[1], call.group_size)
+    return {
+        "qweight": pointer(call.qweight),
+        "codebook": pointer(call.codebook),
+        "scales": scales,
+        "group_size": call.group_size,
+        "book_row_stride": row,
+        "book_group_stride": group,
+        "scales_dtype": scales_name(call.scales),
+        "layout": call.layout,
+    }
 
 
 def _launch_cpu(call: Call, out: Tensor) -> None:
-    weight = (pointer(call.qweight), pointer(call.codebook), pointer(call.scales))
-    launch_compiled("_cpu", "lut4_gemm", weight, call, out, (call.group_size, *_kinds(call)))
+    launch_cpu("lut4_gemm", _weight(call, pointer(call.scales)), call, out)
 
 
 def _launch_reference(call: Call, out: Tensor) -> None:
@@ -87,9 +97,8 @@ def _launch_cuda(call: Call, out: Tensor) -> None:
         )
 
     present = cuda_scales(qweight, codebook, scales, call.group_size, call.layout)
-    weight = (pointer(qweight), pointer(codebook), present)
-    chunks = cuda_chunks(qweight, codebook) if call.layout == "cuda" else None
-    launch_cuda("lut4_gemm", weight, call, out, _kinds(call), chunks, dequantize_rows)
+    select = select_by(cuda_chunks(qweight, codebook)) if call.layout == "cuda" else None
+    launch_cuda("lut4_gemm", _weight(call, present), call, out, select, dequantize_rows)
 
 
 def _refuse_triton(call: Call, out: Tensor) -> str | None:

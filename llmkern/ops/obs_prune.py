@@ -16,7 +16,7 @@ from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern.ops import _obs_gpu
 from llmkern.ops._hessian_factor import HessianFactor
-from llmkern.ops._library import pointer, register
+from llmkern.ops._library import kernels, pointer, register
 from llmkern.ops._obs_blocks import Pruning
 from llmkern.ops._obs_grid import (
     Format,
@@ -145,9 +145,15 @@ def _launch_triton(call: _Call, out_mask: Tensor, out: Outputs) -> None:
 def _launch_cpu(call: _Call, out_mask: Tensor, out: Outputs) -> None:
     if call.mask is not None:
         out_mask.copy_(call.mask)
-    selection = (call.sparsity, call.kept, call.size, call.per_row)
-    for e, (module, loop) in enumerate(cpu_loops(call, out)):
-        module.obs_prune(loop, pointer(out_mask[e]), *selection)
+    for chosen, loop in zip(out_mask, cpu_loops(call, out), strict=True):
+        kernels("_cpu").obs_prune(
+            **loop,
+            chosen=pointer(chosen),
+            sparsity=call.sparsity,
+            per_row=call.per_row,
+            kept=call.kept,
+            size=call.size,
+        )
 
 
 BACKENDS = (

@@ -17,7 +17,7 @@ from llmkern._backends import Backend
 from llmkern.formats.int4 import QuantFormat
 from llmkern.ops import _obs_gpu
 from llmkern.ops._hessian_factor import HessianFactor
-from llmkern.ops._library import register
+from llmkern.ops._library import kernels, register
 from llmkern.ops._obs_grid import (
     Format,
     GridOptions,
@@ -113,8 +113,8 @@ def _launch_triton(call: _Call, out: Outputs) -> None:
 
 
 def _launch_cpu(call: _Call, out: Outputs) -> None:
-    for module, loop in cpu_loops(call, out):
-        module.obs_quantize(loop)
+    for loop in cpu_loops(call, out):
+        kernels("_cpu").obs_quantize(**loop)
 
 
 BACKENDS = (

@@ -6,20 +6,23 @@ the weight, which is 0.5625 of a dense 16-bit one; a large M by arithmetic, of w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops import _code_gemm, _sparse24_cuda
+from llmkern._dtypes import FLOATS, dtype_name
+from llmkern.ops import _code_gemm
 from llmkern.ops._int4_weight import refuse_triton_weight
-from llmkern.ops._library import DTYPE_CODES, FLOATS, LAYOUT_CODES, expect, pointer
+from llmkern.ops._library import expect, pointer
+from llmkern.ops._sparse24_config import select_config
 from llmkern.ops._sparse24_weight import (
     canonical_weight,
     check_weight,
     refuse_cuda_layout,
+    refuse_cuda_weight,
     weight_shape,
 )
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
@@ -35,15 +38,18 @@ class _Call(NamedTuple):
     bias: Tensor | None
     layout: str
 
+    def weight(self) -> dict[str, Any]:
+        """The weight as both compiled kernels take it."""
+        values, meta = pointer(self.values), pointer(self.meta)
+        return {"values": values, "meta": meta, "layout": self.layout}
+
 
 def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
     return _code_gemm.refuse_cpu(call, out) or refuse_cuda_layout(call.layout)
 
 
 def _launch_cpu(call: _Call, out: Tensor) -> None:
-    weight = [pointer(call.values), pointer(call.meta)]
-    rest = (DTYPE_CODES[call.x.dtype], LAYOUT_CODES[call.layout])
-    _code_gemm.launch_compiled("_cpu", "sparse24_gemm", weight, call, out, rest)
+    _code_gemm.launch_cpu("sparse24_gemm", call.weight(), call, out)
 
 
 def _launch_reference(call: _Call, out: Tensor) -> None:
@@ -52,11 +58,11 @@ def _launch_reference(call: _Call, out: Tensor) -> None:
 
 
 def _refuse_cuda(call: _Call, out: Tensor) -> str | None:
-    return _sparse24_cuda.refuse(call.x, call.values, call.layout)
+    return refuse_cuda_weight(call.x, call.values, call.layout)
 
 
 def _launch_cuda(call: _Call, out: Tensor) -> None:
-    _sparse24_cuda.launch_values(call.x, call.values, call.bias, out)
+    _code_gemm.launch_cuda("sparse24_gemm", call.weight(), call, out, select_config)
 
 
 def _refuse_triton(call: _Call, out: Tensor) -> str | None:
@@ -82,7 +88,7 @@ def _shape(call: _Call) -> tuple[int, int]:
     check_weight(op, values, call.meta, call.layout)
     shape = weight_shape(values, call.meta, call.layout)
     if x.dtype in FLOATS and x.dtype != values.dtype:
-        wanted = f"the dtype of values, {str(values.dtype).removeprefix('torch.')}"
+        wanted = f"the dtype of values, {dtype_name(values.dtype)}"
         expect(False, op, "x", x, wanted)
     _code_gemm.check_product(op, x, call.bias, shape, values.device)
     return shape

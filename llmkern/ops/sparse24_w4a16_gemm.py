@@ -5,21 +5,25 @@ The format of Sparse-Marlin (arXiv 2408.11743, section 5), with a mask that is n
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
-from llmkern.ops import _code_gemm, _sparse24_cuda
+from llmkern._dtypes import FLOAT_NAMES
+from llmkern.formats.sparse24_cuda import is_symmetric
+from llmkern.ops import _code_gemm
 from llmkern.ops._int4_weight import refuse_triton_weight
-from llmkern.ops._library import DTYPE_CODES, LAYOUT_CODES, pointer
+from llmkern.ops._library import pointer
+from llmkern.ops._sparse24_config import select_config
 from llmkern.ops._sparse24_weight import (
     canonical_int4_weight,
     check_int4_weight,
     int4_weight_shape,
     refuse_cuda_layout,
+    refuse_cuda_weight,
 )
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.reference.sparse24_w4a16_gemm import sparse24_w4a16_gemm as _reference
@@ -48,20 +52,21 @@ def _refuse_cpu(call: _Call, out: Tensor) -> str | None:
     return _code_gemm.refuse_cpu(call, out) or refuse_cuda_layout(call.layout)
 
 
+def _fields(call: _Call, zeros: int) -> dict[str, Any]:
+    return {
+        "qvalues": pointer(call.qvalues),
+        "meta": pointer(call.meta),
+        "scales": pointer(call.scales),
+        "zeros": zeros,
+        "group_size": call.group_size,
+        "scales_dtype": FLOAT_NAMES[call.scales.dtype],
+        "layout": call.layout,
+    }
+
+
 def _launch_cpu(call: _Call, out: Tensor) -> None:
-    _code_gemm.launch_compiled(
-        "_cpu",
-        "sparse24_w4a16_gemm",
-        [pointer(tensor) for tensor in call.weight()],
-        call,
-        out,
-        (
-            call.group_size,
-            DTYPE_CODES[call.x.dtype],
-            DTYPE_CODES[call.scales.dtype],
-            LAYOUT_CODES[call.layout],
-        ),
-    )
+    fields = _fields(call, pointer(call.zeros))
+    _code_gemm.launch_cpu("sparse24_w4a16_gemm", fields, call, out)
 
 
 def _launch_reference(call: _Call, out: Tensor) -> None:
@@ -70,11 +75,13 @@ def _launch_reference(call: _Call, out: Tensor) -> None:
 
 
 def _refuse_cuda(call: _Call, out: Tensor) -> str | None:
-    return _sparse24_cuda.refuse(call.x, call.qvalues, call.layout)
+    return refuse_cuda_weight(call.x, call.qvalues, call.layout)
 
 
 def _launch_cuda(call: _Call, out: Tensor) -> None:
-    _sparse24_cuda.launch_codes(call.x, call.qvalues, call.scales, call.bias, call.group_size, out)
+    symmetric = is_symmetric(call.qvalues, call.scales, call.group_size)
+    fields = _fields(call, 0 if symmetric else pointer(call.qvalues))
+    _code_gemm.launch_cuda("sparse24_w4a16_gemm", fields, call, out, select_config)
 
 
 def _refuse_triton(call: _Call, out: Tensor) -> str | None:

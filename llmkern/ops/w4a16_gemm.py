@@ -6,21 +6,22 @@ product is bound by reading the weights, which are 4x smaller than in bfloat16.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmkern import _backends
 from llmkern._backends import Backend
+from llmkern._dtypes import FLOAT_NAMES
 from llmkern.ops._code_gemm import (
     check_product,
-    dtype_code,
-    launch_compiled,
+    launch_cpu,
     launch_cuda,
     multiply_rows,
     refuse_cpu,
     register_product,
+    select_by,
 )
 from llmkern.ops._int4_weight import (
     canonical_weight,
@@ -30,7 +31,7 @@ from llmkern.ops._int4_weight import (
     refuse_triton_weight,
     weight_shape,
 )
-from llmkern.ops._library import LAYOUT_CODES, pointer
+from llmkern.ops._library import pointer
 from llmkern.ops._w4a16_config import CHUNK_ROWS, Chunks
 from llmkern.ops.dequantize_int4 import dequantize_int4
 from llmkern.reference.w4a16_gemm import w4a16_gemm as _reference
@@ -61,14 +62,20 @@ def _refuse_int8(activation: str) -> str | None:
     return None if activation == "float" else f"activation {activation!r} is served on the CPU only"
 
 
-def _kinds(call: Call) -> tuple[int, int, int]:
-    return dtype_code(call.x), dtype_code(call.scales), LAYOUT_CODES[call.layout]
+def _weight(call: Call, zeros: int) -> dict[str, Any]:
+    return {
+        "qweight": pointer(call.qweight),
+        "scales": pointer(call.scales),
+        "zeros": zeros,
+        "group_size": call.group_size,
+        "scales_dtype": FLOAT_NAMES[call.scales.dtype],
+        "layout": call.layout,
+        "int8_activation": call.activation == "int8",
+    }
 
 
 def _launch_cpu(call: Call, out: Tensor) -> None:
-    weight = (pointer(call.qweight), pointer(call.scales), pointer(call.zeros))
-    rest = (call.group_size, *_kinds(call), call.activation == "int8")
-    launch_compiled("_cpu", "w4a16_gemm", weight, call, out, rest)
+    launch_cpu("w4a16_gemm", _weight(call, pointer(call.zeros)), call, out)
 
 
 def _launch_reference(call: Call, out: Tensor) -> None:
@@ -92,10 +99,9 @@ def _launch_cuda(call: Call, out: Tensor) -> None:
             layout="cuda",
         )
 
-    zeros = cuda_zeros(*call[1:4], call.group_size, call.layout)
-    weight = (pointer(qweight), pointer(scales), zeros)
-    chunks = Chunks(qweight.shape[-1]) if call.layout == "cuda" else None
-    launch_cuda("w4a16_gemm", weight, call, out, _kinds(call), chunks, dequantize_rows)
+    weight = _weight(call, cuda_zeros(*call[1:4], call.group_size, call.layout))
+    select = select_by(Chunks(qweight.shape[-1])) if call.layout == "cuda" else None
+    launch_cuda("w4a16_gemm", weight, call, out, select, dequantize_rows)
 
 
 def _refuse_triton(call: Call, out: Tensor) -> str | None:

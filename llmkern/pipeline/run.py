@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmkern import env
+from llmkern._dtypes import dtype_name
 from llmkern.assets import evaluation_text
 from llmkern.calibrate import load_tokens
 from llmkern.calibrate.data import Source
@@ -295,7 +296,7 @@ class _Run:
             "evaluation_windows": options.evaluation_windows,
             "prompts": None if options.prompts is None else list(options.prompts),
             "files": _fingerprint.of_options(self.stages),
-            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else dtype_name(dtype),
             "device": self.origin.device.type,
         }
 

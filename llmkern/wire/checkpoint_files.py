@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmkern._dtypes import SAFETENSORS_FLOATS
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TensorInfo:
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype, for the floats that scales may have."""
-        return _DTYPES.get(self.dtype)
+        return SAFETENSORS_FLOATS.get(self.dtype)
 
 
 @dataclass(frozen=True)

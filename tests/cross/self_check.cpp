@@ -173,10 +173,10 @@ std::vector<uint8_t> int4_cpu_layout(const std::vector<uint8_t>& codes, int64_t 
   return bytes;
 }
 
-void check_int4(const Shape& shape, DType dtype, Int4Layout layout, bool symmetric) {
+void check_int4(const Shape& shape, DType dtype, Layout layout, bool symmetric) {
   const auto [N, K, group_size] = shape;
   const int64_t groups = K / group_size;
-  const bool cpu = layout == Int4Layout::kCpu;
+  const bool cpu = layout == Layout::kCpu;
   const std::vector<uint8_t> codes = random_codes(N * K), centres = random_codes(N * groups);
   const std::vector<float> scales = random_scales(N * groups);
   std::vector<double> w(N * K);
@@ -231,7 +231,7 @@ std::vector<uint8_t> lut4_cpu_layout(const std::vector<uint8_t>& codes) {
 }
 
 // One book, one per row, or one per group; the last without scales.
-void check_lut4(const Shape& shape, DType dtype, Lut4Layout layout, int books) {
+void check_lut4(const Shape& shape, DType dtype, Layout layout, int books) {
   const auto [N, K, group_size] = shape;
   const int64_t groups = K / group_size;
   const int64_t row_stride = books == 0 ? 0 : books == 1 ? 16 : 16 * groups;
@@ -248,7 +248,7 @@ void check_lut4(const Shape& shape, DType dtype, Lut4Layout layout, int books) {
   const std::vector<uint32_t> words = pack_rows(codes);
   const std::vector<uint8_t> units = lut4_cpu_layout(codes);
   Array stored(scales, dtype);
-  const bool cpu = layout == Lut4Layout::kCpu;
+  const bool cpu = layout == Layout::kCpu;
   const Lut4Weight weight = {cpu ? static_cast<const void*>(units.data()) : words.data(),
                              book.data(),
                              books == 2 ? nullptr : stored.data(),
@@ -315,7 +315,7 @@ void check_sparse24(int64_t N, int64_t K, DType dtype, bool cpu, bool zero_point
     const int64_t place = dtype == DType::kBFloat16 ? n % 16 * 2 + at : at * 16 + n % 16;
     if (cpu) blocks[(n / 16 * (K / 4) + group % (K / 4)) * 32 + place] = kept[i];
   }
-  const Sparse24Layout layout = cpu ? Sparse24Layout::kCpu : Sparse24Layout::kCanonical;
+  const Layout layout = cpu ? Layout::kCpu : Layout::kCanonical;
   const std::vector<uint32_t> meta_blocks = cpu ? blocked(meta, N) : meta;
   const std::vector<uint32_t> code_blocks = cpu ? blocked(shuffled, N) : codes;
   Array values(cpu ? blocks : kept, dtype), grid(cpu ? scales_by_group : scales, dtype);
@@ -455,9 +455,9 @@ void check_prune(int64_t N, int64_t K, bool of_every, bool rounds) {
 int main() {
   for (DType dtype : kDTypes) {
     for (const Shape& shape : kShapes) {
-      for (Int4Layout layout : {Int4Layout::kCanonical, Int4Layout::kCpu})
+      for (Layout layout : {Layout::kCanonical, Layout::kCpu})
         for (bool symmetric : {false, true}) check_int4(shape, dtype, layout, symmetric);
-      for (Lut4Layout layout : {Lut4Layout::kCanonical, Lut4Layout::kCpu})
+      for (Layout layout : {Layout::kCanonical, Layout::kCpu})
         for (int books : {0, 1, 2}) check_lut4(shape, dtype, layout, books);
     }
     for (bool zero_points : {false, true}) {

@@ -95,12 +95,14 @@ def test_experts_with_offsets_have_the_bits_of_each_alone(dtype, both_orders, gu
 
 def test_offsets_outside_x_read_nothing_there(emulator_module, guarded):
     """On a GPU nobody looks at them: the kernel must bear any."""
-    for dtype in (0, 1):
-        x = guarded(torch.ones(20, 8, dtype=[torch.float32, torch.bfloat16][dtype]))
+    for dtype in ("float32", "bfloat16"):
+        x = guarded(torch.ones(20, 8, dtype=getattr(torch, dtype)))
         H = guarded(torch.zeros(5, 8, 8))
         offsets = guarded(torch.tensor([-7, 4, 1 << 40, -(1 << 40), 3, 2]))
-        addresses = [t.data_ptr() for t in (H, x, offsets)]
-        emulator_module.hessian_update(*addresses, 5, 20, 8, 1.0, dtype, 0, 0)
+        emulator_module.hessian_update(
+            **{name: t.data_ptr() for name, t in {"H": H, "x": x, "offsets": offsets}.items()},
+            **{"T": 20, "K": 8, "alpha": 1.0, "dtype": dtype, "E": 5, "device": 0, "stream": 0},
+        )
         assert H[:, 0, 0].tolist() == [4, 16, 0, 3, 0]
 
 

@@ -8,8 +8,8 @@ import torch
 from llmkern import _backends, use_backend
 from llmkern.formats.int4 import pack_zeros
 from llmkern.formats.sparse24 import NIBBLES, compress, compress_codes
-from llmkern.ops import _sparse24_cuda
-from llmkern.ops._sparse24_cuda import select_config
+from llmkern.ops import _sparse24_config
+from llmkern.ops._sparse24_config import select_config
 from llmkern.testing import SPARSE24_CASES, Sparse24Case, relative_error
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -24,7 +24,7 @@ kinds = pytest.mark.parametrize("group_size", [None, 32], ids=["values", "codes"
 def sm(request, emulator, monkeypatch):
     """Large tiles from 257 rows on, however few there are."""
     monkeypatch.setattr(_backends, "cuda_capability", lambda device: request.param)
-    monkeypatch.setattr(_sparse24_cuda, "_SMS", {True: 1, False: 1})
+    monkeypatch.setattr(_sparse24_config, "_SMS", {True: 1, False: 1})
     return request.param
 
 

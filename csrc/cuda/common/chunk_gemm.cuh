@@ -46,6 +46,16 @@
 
 namespace llmkern::cuda {
 
+// A product with a weight in one of the CUDA layouts, whose chunks hold all that decoding them
+// takes.
+struct ChunkGemmParams {
+  const void* x;       // [M, K], row stride x_stride; both in 16-byte pieces
+  const void* chunks;  // [ceil(N / 64), ceil(K / 128), bytes], 16-byte aligned
+  const void* bias;    // [N] in x's type, or null
+  void* out;           // [M, N]
+  int64_t M, N, K, x_stride;
+};
+
 constexpr int kTensorThreads = 128;
 constexpr int kRowStride = kChunkColumns + 8;  // elements; odd in 16 bytes: no bank conflicts
 

@@ -110,14 +110,14 @@ struct Sparse24Int4Format {
   int zeros_at;           // in the chunk; 0: there are none
   DType scales_dtype;
 
-  explicit Sparse24Int4Format(const ChunkGrids& grids)
-      : group_size(inline_group_size(grids.group_size)), scales_dtype(grids.scales_dtype) {
+  explicit Sparse24Int4Format(const Sparse24W4A16GemmParams& p)
+      : group_size(inline_group_size(p.group_size)), scales_dtype(p.scales_dtype) {
     const int scale_bytes = scales_dtype == DType::kFloat32 ? 4 : 2;
     const int groups = kChunkColumns / group_size, in_half = groups > 1 ? groups / 2 : 1;
     half_scales_bytes = kChunkRows * in_half * scale_bytes;
-    zeros_at = grids.zeros ? 2 * kCodeHalf + kChunkRows * groups * scale_bytes : 0;
-    bytes = 2 * kCodeHalf + kChunkRows * groups * (scale_bytes + (grids.zeros ? 1 : 0));
-    half_bytes = kCodeHalf + half_scales_bytes + (grids.zeros ? kChunkRows * in_half : 0);
+    zeros_at = p.zeros ? 2 * kCodeHalf + kChunkRows * groups * scale_bytes : 0;
+    bytes = 2 * kCodeHalf + kChunkRows * groups * (scale_bytes + (p.zeros ? 1 : 0));
+    half_bytes = kCodeHalf + half_scales_bytes + (p.zeros ? kChunkRows * in_half : 0);
   }
 
   __device__ __forceinline__ int source(int half, int at) const {
