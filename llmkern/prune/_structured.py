@@ -18,35 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.calibrate import Block, visit, walk
-from llmkern.drive import Findings, Lines, Needs, Progress, Shapes, Tokens, check_values
+from llmkern.drive import Findings, Lines, Needs, Progress, Shapes, Tokens
 from llmkern.drive.shapes import F32
 from llmkern.masks import kept_mask, record_pruning, recorded_layers, zero_fraction
 from llmkern.models import (
-    Units,
     adopt_settings,
-    block_linears,
     changed_config,
     find_blocks,
-    find_units,
     keep_units,
     set_width,
     set_widths,
     skeleton,
-    unit_overrides,
     write_widths,
 )
 from llmkern.models.linears import bias_of, set_bias, set_weight, weight_rows
-from llmkern.prune._amount import Pattern
 from llmkern.prune._columns import adjusted, choose_units
 from llmkern.prune._method import PruneJob, PruneWork
 from llmkern.prune._options import WidthOptions, one_of
 from llmkern.prune._report import WidthReport
-from llmkern.prune._scores import CentredStatistic, activation, has_bias, magnitude, output_loss
-from llmkern.prune._widths import Layer, allowed_counts, even_counts, multiple_of, uneven_counts
+from llmkern.prune._scores import activation, has_bias, magnitude, output_loss
+from llmkern.prune._unit_plan import Scores, find_layers, input_statistic, plan_widths
+from llmkern.prune._widths import Layer
 from llmkern.prune.recovery import recover, recovery_journal, recovery_nbytes
-
-Scores = dict[str, Tensor]  # full name of a layer -> importance of its units
-
 
 # Matrices [K, K] in float32 that live at once while columns are removed: H filled, centred, permuted, its
 # inverse, the part that stays and its factor.
@@ -184,192 +177,6 @@ def check_job(job: PruneJob) -> None:
         job.refuse_calibration("importance 'magnitude' without compensate or recovery")
 
 
-def find_layers(
-    model: nn.Module, kinds: Sequence[str], round_to: int | None, *, values: bool = True
-) -> list[Layer]:
-    """The layers to be thinned, in the order of execution.
-
-    Args:
-        model: a causal language model.
-        kinds: of units, see `Units.kind`; each block must have a layer of one of them.
-        round_to: what widths of MLPs are multiples of; None: see `multiple_of`.
-        values: look at the weights' values; False for a model without data.
-
-    Raises:
-        ValueError: a block has no such units, or weights that cannot be worked on (named).
-    """
-    layers: list[Layer] = []
-    allowed: dict[tuple[str, int], tuple[int, ...]] = {}
-    for name, block in find_blocks(model).items():
-        for linear, module in block_linears(block).items() if values else ():
-            check_values(f"{name}.{linear}", module)
-    found = find_units(model)
-    for index, (name, block) in enumerate(find_blocks(model).items()):
-        here = [units for units in found[index] if units.kind in kinds]
-        if not here:
-            raise ValueError(f"{name}: {_missing(kinds, found[index])}")
-        for units in here:
-            key = (units.kind, len(units))
-            if key not in allowed:
-                allowed[key] = allowed_counts(model, units, round_to)
-            full = f"{name}.{units.consumer}"
-            layers.append(Layer(index, full, units, allowed[key], units.parameters_per_unit(block)))
-    return layers
-
-
-def _missing(kinds: Sequence[str], found: list[Units]) -> str:
-    plain = next((units for units in found if units.kind == "mlp"), None)
-    if "glu" in kinds and plain is not None:
-        first = ", ".join(plain.producers)
-        return (
-            f"got an MLP of two matrices ({first}, {plain.consumer}), expected gate, up and down: "
-            "method 'mlp' prunes it"
-        )
-    names = {"glu": "gate, up and down", "mlp": "an MLP", "attention": "attention heads"}
-    return (
-        f"got no {' or '.join(names[kind] for kind in kinds)} of dense linears in it: packed layers, MoE "
-        "experts and latent attention are not pruned"
-    )
-
-
-@dataclass
-class WidthPlan:
-    """What becomes of the widths of a model."""
-
-    counts: dict[str, int]  # full name of a layer -> units that it keeps
-    overrides: dict[str, Any]  # config entries, where all blocks have one width
-    per_block: list[dict[str, Any]]  # those of each block, where they differ
-    notes: list[str]
-
-
-def plan_widths(job: PruneJob, layers: list[Layer], scores: Scores | None = None) -> WidthPlan:
-    """How many units each layer keeps, checked against what the model class can be built with."""
-    model, options = job.model, job.options
-    plan = WidthPlan({}, {}, [{} for _ in find_blocks(model).modules], [])
-    if options.allow_uneven:
-        plan.counts = _uneven(job, layers, scores)
-        plan.notes.append("the blocks have widths of their own: only llmkern.load reads the result")
-    else:
-        assert not isinstance(job.amount, Pattern)
-        even = even_counts(model, layers, job.amount, options.target_params)
-        plan.counts = {layer.name: even[layer.units.kind] for layer in layers}
-    known: dict[tuple[str, int], dict[str, Any]] = {}
-    for layer in layers:
-        count = plan.counts[layer.name]
-        if count == len(layer.units):
-            continue
-        key = (layer.units.kind, count)
-        if key not in known:
-            known[key] = unit_overrides(
-                model, layer.units, count, name=layer.name, index=layer.block
-            )
-        plan.per_block[layer.block] |= known[key]
-        plan.overrides |= known[key]
-    plan.notes += _rounding(layers, plan.counts, options)
-    return plan
-
-
-def _rounding(layers: list[Layer], counts: dict[str, int], options: WidthOptions) -> list[str]:
-    notes = []
-    for kind in dict.fromkeys(layer.units.kind for layer in layers):
-        first = next(layer for layer in layers if layer.units.kind == kind)
-        kept = sorted({counts[layer.name] for layer in layers if layer.units.kind == kind})
-        what = "key/value heads" if kind == "attention" else "neurons"
-        text = f"{' or '.join(map(str, kept))} of {len(first.units)} {what} stay"
-        if kind != "attention":
-            text += (
-                f", rounded to a multiple of {options.round_to or multiple_of(len(first.units))}"
-            )
-            if any(count % 128 for count in kept):
-                text += ": int4 groups of 128 and llama.cpp's K-quants do not fit such a width"
-        notes.append(text)
-    return notes
-
-
-def _uneven(job: PruneJob, layers: list[Layer], scores: Scores | None) -> dict[str, int]:
-    """Units that each layer keeps, by a ranking of what their removal costs over all blocks."""
-    model, options = job.model, job.options
-    assert not isinstance(job.amount, Pattern)
-    depth = len(find_blocks(model))
-    first = 1 if options.keep_first is None else options.keep_first
-    last = 1 if options.keep_last is None else options.keep_last
-    free = [layer for layer in layers if first <= layer.block < depth - last]
-    if not free:
-        raise ValueError(
-            f"keep_first, keep_last: got {first} and {last}, which leave none of the {depth} blocks to "
-            "prune"
-        )
-    costs = _costs(job, free, scores)
-    counts = {layer.name: len(layer.units) for layer in layers}
-    present = sum(p.numel() for p in model.parameters())
-    for kind in dict.fromkeys(layer.units.kind for layer in free):
-        group = [layer for layer in free if layer.units.kind == kind]
-        every = [layer for layer in layers if layer.units.kind == kind]
-        if job.amount is not None:
-            remove = round(job.amount * sum(len(layer.units) for layer in every))
-        else:
-            assert options.target_params is not None
-            # Both kinds give the same share.
-            share = sum(len(la.units) * la.per_unit for la in layers)
-            excess = max(present - options.target_params, 0) / share
-            remove = -int(-excess * sum(len(layer.units) for layer in every) // 1)
-        kept = uneven_counts(group, [costs[layer.name] for layer in group], remove)
-        counts |= {layer.name: count for layer, count in zip(group, kept, strict=True)}
-    if job.amount != 0 and all(counts[la.name] == len(la.units) for la in layers):
-        raise ValueError(
-            f"ratio: got {job.amount}, which rounds to nothing in {len(free)} blocks, expected more"
-        )
-    return counts
-
-
-def _costs(job: PruneJob, layers: list[Layer], scores: Scores | None) -> Scores:
-    """For each layer what removing the next unit costs, [units], as a fraction of the whole."""
-    if scores is not None:  # gradients are changes of the model's own loss: comparable as they are
-        return {layer.name: scores[layer.name].sort().values for layer in layers}
-    model, options = job.model, job.options
-    costs: Scores = {}
-    by_block: dict[int, list[Layer]] = {}
-    for layer in layers:
-        by_block.setdefault(layer.block, []).append(layer)
-    if options.importance == "magnitude":
-        for layer in layers:
-            block = find_blocks(model).modules[layer.block]
-            cost = magnitude(block, layer.units).sort().values
-            costs[layer.name] = cost / cost.sum()
-        return costs
-    windows = job.windows()
-
-    def measure(block: Block) -> None:
-        here = by_block.get(block.index, [])
-        if not here:
-            return
-        block.groups()
-        for layer in here:
-            statistic = _statistic(block, layer.units, windows.numel())
-            weight = weight_rows(block.module.get_submodule(layer.units.consumer))
-            centred = options.compensate and has_bias(block.module, layer.units)
-            H = statistic.moments(centred=centred)
-            if options.importance == "obs":
-                remove = len(layer.units) - layer.allowed[0]
-                _, cost = choose_units(weight, H, layer.units, remove, options.damp)
-            else:
-                cost = activation(block.module, layer.units, H).square().sort().values
-            energy = output_loss(weight, torch.zeros_like(weight), H)[0]
-            costs[layer.name] = cost / energy if energy > 0 else cost
-
-    walk(model, windows, measure, batch_size=job.data.batch_size)
-    return costs
-
-
-def _statistic(block: Block, units: Units, tokens: int) -> CentredStatistic:
-    linear = block.module.get_submodule(units.consumer)
-    K, device = weight_rows(linear).shape[1], weight_rows(linear).device
-    (statistic,) = block.collect(
-        [(units.consumer,)], lambda group: CentredStatistic(K, tokens=tokens, device=device)
-    )
-    return statistic
-
-
 class _Thinner:
     """Thins the layers of one block after the other."""
 
@@ -442,7 +249,7 @@ class _Thinner:
         centred = self._options.compensate and has_bias(module, units)
         statistic = H = None
         if block is not None:
-            statistic = _statistic(block, units, self._job.windows().numel())
+            statistic = input_statistic(block, units, self._job.windows().numel())
             H = statistic.moments(centred=centred)
         kept = self._choose(layer, module, H, count)
         columns = units.columns[kept].flatten().sort().values.to(weight.device)

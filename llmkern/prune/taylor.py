@@ -27,7 +27,8 @@ from llmkern.models import find_blocks
 from llmkern.models.linears import is_conv1d
 from llmkern.prune._method import PruneJob, PruneMethod
 from llmkern.prune._options import WidthOptions
-from llmkern.prune._structured import Scores, UnitWork
+from llmkern.prune._structured import UnitWork
+from llmkern.prune._unit_plan import Scores
 from llmkern.prune._widths import Layer
 
 TAYLORS = ("param_first", "param_second", "param_mix", "vectorize")

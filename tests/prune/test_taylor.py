@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import llmkern
 from llmkern.calibrate.gradients import next_token_loss
 from llmkern.models import find_blocks
-from llmkern.prune._structured import find_layers
+from llmkern.prune._unit_plan import find_layers
 from llmkern.prune.taylor import PARTS, TAYLORS, taylor_scores
 
 Tiny = Callable[..., nn.Module]
