@@ -12,7 +12,7 @@ from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
 from llmkern.hf import accelerate, load, save
 from llmkern.masks import keep_masks
-from llmkern.nn import Int4Linear, Lut4Linear, Sparse24Int4Linear, Sparse24Linear
+from llmkern.nn import Int4Linear, IntLinear, Lut4Linear, Sparse24Int4Linear, Sparse24Linear
 from llmkern.patch import patch
 from llmkern.prune import prune
 from llmkern.quantize import quantize
@@ -24,6 +24,7 @@ if (_root / "triton_kernels" / "__init__.py").is_file() and str(_root) not in __
 
 __all__ = [
     "Int4Linear",
+    "IntLinear",
     "Lut4Linear",
     "LutFormat",
     "QuantFormat",

@@ -55,7 +55,7 @@ def patch(
 ) -> PatchReport:
     """Replace the model's linear layers by packed ones, in place.
 
-    A `QuantFormat` makes an `Int4Linear`, a `LutFormat` (NF4, FP4) a `Lut4Linear`.
+    A `QuantFormat` makes an `IntLinear`, a `LutFormat` (NF4, FP4) a `Lut4Linear`.
 
     The output head, MoE routers, layers whose weight another module shares (tied embeddings) and
     modules of any other class stay as they are. A head or router is quantized where a pattern

@@ -1,17 +1,19 @@
-"""Rewrite the documents' tables of numbers from bench/results/, so that none is typed by hand.
+"""Rewrite the documents' tables, so that none is typed by hand: numbers from bench/results/, methods from
+what the drivers list.
 
 python scripts/update_tables.py            rewrites README.md and docs/benchmarks.md
 python scripts/update_tables.py --check    fails if they are not what the results say
 
-A table stands between `<!-- results: FILE BENCH -->` and `<!-- end -->`. BENCH:grid has a column per
-number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x N) only;
-BENCH:short is that without the other contenders. "quality:SUITE" is a suite of bench/quality.py,
+A table stands between `<!-- results: FILE BENCH -->` or `<!-- methods -->` and `<!-- end -->`. BENCH:grid
+has a column per number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x
+N) only; BENCH:short is that without the other contenders. "quality:SUITE" is a suite of bench/quality.py,
 "quality:SUITE:TEXT" its variants whose name holds the text, "quality:order" its orders; "stages" a
 pipeline's report.json.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -26,6 +28,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
+METHODS = re.compile(r"(<!-- methods -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -219,6 +222,17 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def methods_table() -> str:
+    """Every method of every driver, with what it says of itself."""
+    table = Table("", "method", "", box=box.MARKDOWN)
+    for driver in ("prune", "quantize", "distill"):
+        label = f"`{driver}`"
+        for method in importlib.import_module(f"llmkern.{driver}").METHODS:
+            table.add_row(label, f"`{method.name}`", method.about)
+            label = ""
+    return _render(table)
+
+
 def _block(match: re.Match[str]) -> str:
     start, file, bench, end = match.groups()
     record = json.loads((ROOT / "bench" / "results" / file).read_text())
@@ -241,10 +255,11 @@ def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> 
     for name in DOCUMENTS:
         document = ROOT / name
         old = document.read_text(encoding="utf-8")
-        new = BLOCK.sub(_block, old)
+        new = METHODS.sub(lambda m: f"{m[1]}{methods_table()}{m[2]}", BLOCK.sub(_block, old))
         if check and new != old:
             raise SystemExit(
-                f"{name}: its tables are not those of bench/results/; run update_tables.py"
+                f"{name}: its tables are not those of bench/results/ and the methods; run "
+                "update_tables.py"
             )
         document.write_text(new, encoding="utf-8")
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import llmkern
-from llmkern import Int4Linear, QuantFormat
+from llmkern import IntLinear, QuantFormat
 
 W4, W3 = QuantFormat(4, 32), QuantFormat(3, None, False)
 
@@ -59,7 +59,7 @@ def test_default_replaces_every_linear_but_the_head():
     assert set(report.replaced) == linears - {"lm_head"}
     assert report.left == {"lm_head": "an output head, dense unless a pattern names it"}
     assert report.unexpected == []
-    packed = {n for n, m in model.named_modules() if isinstance(m, Int4Linear)}
+    packed = {n for n, m in model.named_modules() if isinstance(m, IntLinear)}
     assert packed == set(report.replaced)
     tokens = torch.tensor([[1, 2, 3]])
     assert model.generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, 7)
@@ -69,7 +69,7 @@ def test_values_are_those_of_round_to_nearest():
     model = llama()
     linear = model.model.layers[1].mlp.up_proj
     llmkern.patch(model, {"*": W3})
-    wanted = Int4Linear.from_linear(linear, 3, None, False).state_dict()
+    wanted = IntLinear.from_linear(linear, 3, None, False).state_dict()
     got = model.model.layers[1].mlp.up_proj.state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
@@ -124,7 +124,7 @@ def test_other_classes_of_linear_are_listed():
     model = nn.Sequential(nn.Linear(32, 32), Scaled(32, 32))
     with pytest.warns(UserWarning, match="1: of class Scaled"):
         llmkern.patch(model, W4)
-    assert type(model[0]) is Int4Linear
+    assert type(model[0]) is IntLinear
     assert type(model[1]) is Scaled
 
 
@@ -165,7 +165,7 @@ def test_module_reached_by_two_names_stays_one_module():
     model = nn.ModuleDict({"a": shared, "b": shared})
     llmkern.patch(model, W4)
     assert model["a"] is model["b"]
-    assert isinstance(model["a"], Int4Linear)
+    assert isinstance(model["a"], IntLinear)
 
 
 def test_factory_makes_the_replacement():
@@ -173,7 +173,7 @@ def test_factory_makes_the_replacement():
 
     def factory(name, linear, fmt):
         seen.append((name, fmt))
-        return Int4Linear.from_linear(linear, fmt.bits, fmt.group_size, fmt.symmetric)
+        return IntLinear.from_linear(linear, fmt.bits, fmt.group_size, fmt.symmetric)
 
     report = llmkern.patch(llama(), {"*.q_proj": W3}, factory=factory)
     assert seen == list(report.replaced.items())
@@ -182,7 +182,7 @@ def test_factory_makes_the_replacement():
 def test_patching_twice_changes_nothing():
     model = llama()
     first = llmkern.patch(model, W4)
-    before = {n: m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
+    before = {n: m for n, m in model.named_modules() if isinstance(m, IntLinear)}
     second = llmkern.patch(model, W4)
     assert second.replaced == {}
     assert {second.left[name] for name in first.replaced} == {"already packed"}

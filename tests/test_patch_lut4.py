@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import llmkern
-from llmkern import Int4Linear, Lut4Linear, LutFormat, QuantFormat
+from llmkern import IntLinear, Lut4Linear, LutFormat, QuantFormat
 from llmkern.formats.lut4 import CODEBOOKS
 
 
@@ -53,7 +53,7 @@ def test_rules_mix_kinds_and_a_second_patch_leaves_them():
     first = llmkern.patch(model, rules)
     kinds = {name: type(model.get_submodule(name)) for name in first.replaced}
     assert kinds["model.layers.0.mlp.up_proj"] is Lut4Linear
-    assert kinds["model.layers.0.self_attn.q_proj"] is Int4Linear
+    assert kinds["model.layers.0.self_attn.q_proj"] is IntLinear
     assert not hasattr(model.config, "quantization_config")
     second = llmkern.patch(model, LutFormat())
     assert {second.left[name] for name in first.replaced} == {"already packed"}
@@ -132,7 +132,7 @@ def own_book(model: nn.Module) -> None:
 REFUSED = {
     "int4 beside NF4": (
         lambda m: llmkern.patch(m, {"*": LutFormat(), "*.mlp.*": QuantFormat(4, 32)}),
-        r"Int4Linear.*beside.*Lut4Linear.*patch the model",
+        r"IntLinear.*beside.*Lut4Linear.*patch the model",
     ),
     "NF4 beside FP4": (
         lambda m: llmkern.patch(m, {"*": LutFormat(), "*.mlp.*": LutFormat("fp4")}),

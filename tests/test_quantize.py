@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmkern
-from llmkern import Int4Linear, QuantFormat
+from llmkern import IntLinear, QuantFormat
 from llmkern.assets import bundled_model_dir, calibration_text, evaluation_text
 from llmkern.calibrate import load_tokens, load_windows
 from llmkern.quantize import QuantizeReport, quantize
@@ -116,7 +116,7 @@ def test_report_is_complete(tokens: Tensor) -> None:
     assert sorted(layer.name for layer in report.layers) == sorted(names)
     for layer in report.layers:
         module = model.get_submodule(layer.name)
-        assert isinstance(module, Int4Linear)
+        assert isinstance(module, IntLinear)
         assert (module.bits, module.group_size, module.symmetric) == (3, 32, False)
         assert layer.shape == (module.out_features, module.in_features)
         assert (layer.bits, layer.group_size, layer.symmetric) == (3, 32, False)
@@ -252,7 +252,7 @@ def test_half_precision_models_keep_their_dtype(tokens: Tensor) -> None:
 
 
 def untouched(model: nn.Module) -> bool:
-    return not any(isinstance(module, Int4Linear) for module in model.modules())
+    return not any(isinstance(module, IntLinear) for module in model.modules())
 
 
 def _with_nan(model: nn.Module) -> nn.Module:
@@ -344,7 +344,7 @@ def test_nan_in_the_activations_is_named_and_the_model_stays_whole(tokens: Tenso
         ),
     ):
         quantize(model, group_size=32, calibration=tokens)
-    assert isinstance(model.get_submodule("model.layers.1.self_attn.o_proj"), Int4Linear)
+    assert isinstance(model.get_submodule("model.layers.1.self_attn.o_proj"), IntLinear)
     assert type(model.get_submodule("model.layers.1.mlp.up_proj")) is nn.Linear
     assert model(input_ids=tokens).logits.shape == (*tokens.shape, VOCAB)
     assert "model.layers.1.mlp.up_proj" in model.config.quantization_config["ignore"]

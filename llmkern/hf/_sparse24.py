@@ -44,7 +44,7 @@ def accelerate_sparse(model: nn.Module) -> SparseLayers:
     """Replace the linears of a model whose weights are 2:4 sparse by sparse modules, in place.
 
     A weight counts if every 4 consecutive columns have at most two non-zeros, and 45 % of all are
-    zeros; in an `Int4Linear` a code that is its zero point is a zero. Layers that share their weight
+    zeros; in an `IntLinear` a code that is its zero point is a zero. Layers that share their weight
     with another module stay as they are.
     """
     shared = shared_weights(model)

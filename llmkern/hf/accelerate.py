@@ -19,7 +19,7 @@ def accelerate(model: Model) -> Model:
 
     transformers keeps a `pack-quantized` checkpoint packed only until the first forward pass, which
     expands every layer to dense. Called before that pass, this swaps the packed layers for
-    `Int4Linear`, sharing their tensors: nothing is expanded, and saving writes the same bytes.
+    `IntLinear`, sharing their tensors: nothing is expanded, and saving writes the same bytes.
 
         model = AutoModelForCausalLM.from_pretrained("some/w4a16-checkpoint")
         model = llmkern.accelerate(model)
@@ -28,7 +28,7 @@ def accelerate(model: Model) -> Model:
     any time; nested scales are decoded.
 
     Linears whose weight is 2:4 sparse (at most two non-zeros in every 4 columns, 45 % zeros in all)
-    become `Sparse24Linear`, and such `Int4Linear`, their zeros being the codes at the zero point,
+    become `Sparse24Linear`, and such `IntLinear`, their zeros being the codes at the zero point,
     `Sparse24Int4Linear`, at any time and in any of these models; layers that share their weight stay
     dense. Saving writes the plain dense or int4 model again.
 

@@ -30,7 +30,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: go to transformers' `from_pretrained`: `dtype`, `device_map`, `attn_implementation` ...
 
     Returns:
-        The model in eval mode, its quantized linears `Int4Linear` modules.
+        The model in eval mode, its quantized linears `IntLinear` modules.
 
     Raises:
         ValueError: not a model directory; damaged, missing, unexpected or misshapen tensors (named);

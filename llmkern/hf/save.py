@@ -34,7 +34,7 @@ def save(
 ) -> None:
     """Save a model and all that loading it needs.
 
-    `Int4Linear` layers are written in compressed-tensors' `pack-quantized` format: `llmkern.load` and
+    `IntLinear` layers are written in compressed-tensors' `pack-quantized` format: `llmkern.load` and
     `llmkern.accelerate` run them packed, transformers with compressed-tensors, vLLM and others read
     them as they are. `Lut4Linear` layers of NF4 or FP4 are written as bitsandbytes' 4-bit layers, for
     transformers with bitsandbytes. 2:4 sparse layers are written as the dense or int4 layers that they

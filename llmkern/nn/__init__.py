@@ -2,7 +2,7 @@
 
 from llmkern.nn._packed_linear import PackedLinear, is_packed
 from llmkern.nn._packed_weight import PackedWeight
-from llmkern.nn.int4_linear import Int4Linear
+from llmkern.nn.int_linear import Int4Linear, IntLinear
 from llmkern.nn.lut4_linear import Lut4Linear
 from llmkern.nn.packed import PACKED, packed_class
 from llmkern.nn.sparse24_int4_linear import Sparse24Int4Linear
@@ -11,6 +11,7 @@ from llmkern.nn.sparse24_linear import Sparse24Linear
 __all__ = [
     "PACKED",
     "Int4Linear",
+    "IntLinear",
     "Lut4Linear",
     "PackedLinear",
     "PackedWeight",

@@ -39,7 +39,7 @@ class Lut4Linear(PackedLinear):
     loaded and saved plain. With any other book it is `weight_packed`, `weight_codebook` and
     `weight_scale` (if there are scales), in the layout of `llmkern.formats.lut4`. Either is loaded.
 
-    As in `Int4Linear`, the first forward pass repacks the weight for the CPU or CUDA kernels,
+    As in `IntLinear`, the first forward pass repacks the weight for the CPU or CUDA kernels,
     `.to(dtype)` and the like leave codes, book and scales alone, and any float x is accepted.
 
     Attributes:

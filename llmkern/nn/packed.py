@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from llmkern.nn._packed_linear import PackedLinear
-from llmkern.nn.int4_linear import Int4Linear
+from llmkern.nn.int_linear import IntLinear
 from llmkern.nn.lut4_linear import Lut4Linear
 from llmkern.nn.sparse24_int4_linear import Sparse24Int4Linear
 from llmkern.nn.sparse24_linear import Sparse24Linear
 
-PACKED: list[type[PackedLinear]] = [Int4Linear, Lut4Linear, Sparse24Linear, Sparse24Int4Linear]
+PACKED: list[type[PackedLinear]] = [IntLinear, Lut4Linear, Sparse24Linear, Sparse24Int4Linear]
 
 
 def packed_class(fmt: Any) -> type[PackedLinear]:

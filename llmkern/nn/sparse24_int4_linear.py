@@ -17,15 +17,15 @@ from llmkern.formats.int4 import (
     unpack_zeros,
 )
 from llmkern.formats.sparse24 import compress_codes, decompress_codes, is_pruned24
-from llmkern.nn.int4_linear import Int4Linear
+from llmkern.nn.int_linear import IntLinear
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.ops.sparse24_w4a16_gemm import sparse24_w4a16_gemm
 
 
-class Sparse24Int4Linear(Int4Linear):
-    """An `Int4Linear` whose weight is 2:4 sparse: a code that is its zero point counts as pruned.
+class Sparse24Int4Linear(IntLinear):
+    """An `IntLinear` whose weight is 2:4 sparse: a code that is its zero point counts as pruned.
 
-    It is loaded, saved and inspected as an `Int4Linear`: the state_dict is compressed-tensors' own, with
+    It is loaded, saved and inspected as an `IntLinear`: the state_dict is compressed-tensors' own, with
     the pruned codes in it, so that anything that reads such files reads this one. The first forward pass
     replaces these tensors by the kept codes and their places, three quarters of the bytes; `state_dict`,
     `.to`, `deepcopy` and pickling give them back bit for bit.
@@ -78,7 +78,7 @@ class Sparse24Int4Linear(Int4Linear):
         """Pack a quantized weight, w = scales * (codes - zeros) where kept.
 
         Args:
-            codes, scales, zeros, bias, bits, group_size, dtype: as `Int4Linear.from_parts`.
+            codes, scales, zeros, bias, bits, group_size, dtype: as `IntLinear.from_parts`.
             mask: bool [N, K] of what is kept; by default the codes that are not their zero point.
 
         Raises:
@@ -102,7 +102,7 @@ class Sparse24Int4Linear(Int4Linear):
 
     @classmethod
     def from_packed(cls, *args: Any, **kwargs: Any) -> Sparse24Int4Linear:
-        """Wrap tensors of an int4 weight, as `Int4Linear.from_packed`, whose codes are 2:4 sparse.
+        """Wrap tensors of an int4 weight, as `IntLinear.from_packed`, whose codes are 2:4 sparse.
 
         Raises:
             ValueError: as there; more than two of some 4 codes are not their zero point (the first row
@@ -116,8 +116,8 @@ class Sparse24Int4Linear(Int4Linear):
 
     @classmethod
     def from_pattern(cls, linear: nn.Module) -> Sparse24Int4Linear | None:
-        """The sparse layer of a plain `Int4Linear` that has been pruned to 2:4, or None."""
-        if type(linear) is not Int4Linear or linear.bits != 4 or linear.group_size % 32:
+        """The sparse layer of a plain `IntLinear` that has been pruned to 2:4, or None."""
+        if type(linear) is not IntLinear or linear.bits != 4 or linear.group_size % 32:
             return None
         # Those of the file, whatever the kernels hold.
         tensors = linear._file_tensors()

@@ -53,7 +53,7 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the linears in the decoder blocks of `model`, in place.
 
-    Every linear becomes an `Int4Linear`, or a `Lut4Linear` with the tables NF4 and FP4; embeddings, norms
+    Every linear becomes an `IntLinear`, or a `Lut4Linear` with the tables NF4 and FP4; embeddings, norms
     and the head stay as they are. A method that calibrates walks
     the blocks in order, each calibrated on the output of the compressed ones before it, and holds one
     block's statistics and the hidden states of the calibration windows beyond the model itself.

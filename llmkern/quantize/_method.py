@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmkern.drive import Layer, LayerWork, Method
 from llmkern.formats import QuantFormat
-from llmkern.nn import Int4Linear
+from llmkern.nn import IntLinear
 from llmkern.quantize._formats import Formats
 
 
@@ -82,7 +82,7 @@ class QuantizedWeight:
     def module(self, layer: Layer) -> nn.Module:
         """The codes, packed."""
         fmt: QuantFormat = layer.wanted
-        packed = Int4Linear.from_parts(
+        packed = IntLinear.from_parts(
             self.codes,
             self.scales,
             self.zeros,

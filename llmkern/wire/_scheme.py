@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from llmkern.formats.int4 import QuantFormat
-from llmkern.nn.int4_linear import BITS
+from llmkern.nn.int_linear import PACKED_BITS
 
 FORMAT = "pack-quantized"
 
@@ -79,7 +79,7 @@ def weights_format(weights: Mapping[str, Any] | None, where: str) -> QuantFormat
     if weights is None:
         raise ValueError(f"{where}: weights: got none, expected quantization arguments")
     _expect(weights.get("type", "int"), ("int",), "type", where)
-    _expect(weights.get("num_bits"), BITS, "num_bits", where)
+    _expect(weights.get("num_bits"), PACKED_BITS, "num_bits", where)
     _expect(weights.get("dynamic", False), (False,), "dynamic", where)
     _expect(weights.get("actorder"), (None, False, "weight", "static"), "actorder", where)
     strategy, size = weights.get("strategy"), weights.get("group_size")

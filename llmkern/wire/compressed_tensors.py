@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmkern.formats.int4 import QuantFormat, pack_codes
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.linears import is_conv1d, shape_of
-from llmkern.nn import Int4Linear, PackedLinear, is_packed
+from llmkern.nn import IntLinear, PackedLinear, is_packed
 from llmkern.wire._scheme import FORMAT, Scheme, read_scheme, weights_format
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class CompressedTensors(Wire):
-    """Holds `Int4Linear` layers, whose own tensors are the format's."""
+    """Holds `IntLinear` layers, whose own tensors are the format's."""
 
     name = "compressed-tensors"
-    kinds = (Int4Linear,)
+    kinds = (IntLinear,)
     takes = "a compressed-tensors model from from_pretrained (with compressed-tensors installed)"
 
     def reader(self, files: CheckpointFiles) -> _Reader:
@@ -168,11 +168,11 @@ class _Reader:
 
     def _layer(
         self, name: str, module: nn.Module, fmt: QuantFormat, scales: torch.dtype | None
-    ) -> Int4Linear:
+    ) -> IntLinear:
         N, K = shape_of(module)
         has_bias, dtype = getattr(module, "bias", None) is not None, module.weight.dtype
         try:
-            layer = Int4Linear(K, N, has_bias, fmt, device="meta", dtype=dtype)  # type: ignore[arg-type]
+            layer = IntLinear(K, N, has_bias, fmt, device="meta", dtype=dtype)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if scales is not None:
@@ -228,7 +228,7 @@ def _check_tensor_names(files: CheckpointFiles) -> None:
         )
 
 
-def _repack(layer: Int4Linear) -> None:
+def _repack(layer: IntLinear) -> None:
     """Bring a layer that was loaded in the packing before 0.18 into today's."""
     packed, zeros = layer.weight_packed, layer.weight_zero_point
     canonical = -(-layer.in_features * layer.bits // 32)
@@ -274,7 +274,7 @@ def _quantized(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _taken_over(module: nn.Module, name: str) -> Int4Linear:
+def _taken_over(module: nn.Module, name: str) -> IntLinear:
     scheme: Any = module.quantization_scheme
     if not isinstance(module, nn.Linear) or "weight_packed" not in module._parameters:
         raise ValueError(f"{name}: its format is not pack-quantized")
@@ -284,7 +284,7 @@ def _taken_over(module: nn.Module, name: str) -> Int4Linear:
         raise ValueError(f"{name}: quantized activations are not supported")
     fmt = weights_format(scheme.weights.model_dump(), name)
     own = {name: p.detach() for name, p in module._parameters.items() if p is not None}
-    layer = Int4Linear.from_packed(
+    layer = IntLinear.from_packed(
         own["weight_packed"],
         own["weight_scale"],
         None if fmt.symmetric else own.get("weight_zero_point"),

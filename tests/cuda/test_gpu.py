@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from llmkern import ops, use_backend
 from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
-from llmkern.nn import Int4Linear, Lut4Linear
+from llmkern.nn import IntLinear, Lut4Linear
 from llmkern.reference import hessian_update as hessian_spec
 from llmkern.reference import w4a16_gemm as gemm_spec
 from llmkern.testing import (
@@ -117,7 +117,7 @@ def test_the_packers_make_the_same_bits_as_torch(case):
 def test_linear_layers_run_packed_and_save_what_they_were_given(values):
     dense = torch.nn.Linear(512, 300, dtype=torch.bfloat16, device=DEVICE)
     if values == "symmetric":
-        layer = Int4Linear.from_linear(dense, 4, 128)
+        layer = IntLinear.from_linear(dense, 4, 128)
     elif values == "nf4":
         layer = Lut4Linear.from_linear(dense, "nf4", 64)
     else:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from llmkern import _backends, ops
 from llmkern.formats.int4 import pack_codes
-from llmkern.nn import Int4Linear, Lut4Linear
+from llmkern.nn import IntLinear, Lut4Linear
 from llmkern.ops import _code_gemm
 from llmkern.ops._w4a16_config import Chunks, Config, select_config
 from llmkern.testing import CUDA_LAYOUT_CASES, CodeCase, relative_error
@@ -240,9 +240,9 @@ def test_gradient_reaches_x(values, emulator):
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (3, 48)])
-def test_int4_linear_repacks_and_saves_the_files_bits(bits, group_size, emulator):
+def test_int_linear_repacks_and_saves_the_files_bits(bits, group_size, emulator):
     dense = torch.nn.Linear(96, 70, dtype=BF16)
-    check_repacking(Int4Linear.from_linear(dense, bits, group_size, symmetric=False))
+    check_repacking(IntLinear.from_linear(dense, bits, group_size, symmetric=False))
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["scales", "no_scales"])

@@ -18,7 +18,7 @@ import llmkern
 from llmkern import assets
 from llmkern.cli import main
 from llmkern.evaluate.lm_eval import Tasks, figures
-from llmkern.nn import Int4Linear
+from llmkern.nn import IntLinear
 
 BUNDLED = str(assets.bundled_model_dir())
 ANSWER = {
@@ -102,7 +102,7 @@ def test_the_loaded_model_is_handed_over_packed(
     assert isinstance(call["task_manager"], TaskManager)
     harness = call["model"]
     assert harness.batch_size == 3
-    assert any(isinstance(module, Int4Linear) for module in harness.pretrained.modules())
+    assert any(isinstance(module, IntLinear) for module in harness.pretrained.modules())
     assert harness.tokenizer.get_vocab() == tokenizer.get_vocab()
     for figure in ("hellaswag", "acc", "0.2500", "0.1250", "strict-match", "0.5000"):
         assert figure in text

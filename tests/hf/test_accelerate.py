@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmkern
-from llmkern import Int4Linear
+from llmkern import IntLinear
 
 pytest.importorskip("compressed_tensors")
 
@@ -46,7 +46,7 @@ def test_packed_model_equals_the_expanded_one(scheme, llama, ct_compress, tokens
     packed = {n: p.clone() for n, p in model.state_dict().items()}
     fast = llmkern.accelerate(model)
     assert fast is model
-    assert {n for n, m in model.named_modules() if isinstance(m, Int4Linear)} == quantized
+    assert {n for n, m in model.named_modules() if isinstance(m, IntLinear)} == quantized
     with torch.no_grad():
         got = fast(tokens).logits
     assert not any(n.removesuffix(".weight") in quantized for n, _ in model.named_parameters())
@@ -107,8 +107,8 @@ def test_other_bit_widths_are_listed_and_still_run(llama, ct_directory, tokens, 
         assert_same_logits(model(tokens).logits, expanded)
     with pytest.raises(ValueError, match="down_proj: got a weight that its first forward pass"):
         llmkern.save(model, tmp_path / "expanded")
-    assert isinstance(model.model.layers[0].mlp.up_proj, Int4Linear)
-    assert not isinstance(model.model.layers[0].mlp.down_proj, Int4Linear)
+    assert isinstance(model.model.layers[0].mlp.up_proj, IntLinear)
+    assert not isinstance(model.model.layers[0].mlp.down_proj, IntLinear)
 
 
 def test_expanded_layers_are_not_saved_as_if_packed(llama, ct_directory, tokens, tmp_path):
@@ -160,7 +160,7 @@ def test_packed_experts_that_transformers_expands_are_listed(moe, ct_directory, 
     model = AutoModelForCausalLM.from_pretrained(directory)
     with pytest.warns(UserWarning, match=r"mlp.experts: .*3-D parameters \(gate_up_proj"):
         llmkern.accelerate(model)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, Int4Linear)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, IntLinear)
     assert model(tokens).logits.isfinite().all()
     with pytest.raises(ValueError, match=r"experts.0.down_proj.weight_packed: .*MoE experts"):
         llmkern.load(directory)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import llmkern
-from llmkern import Int4Linear, QuantFormat
+from llmkern import IntLinear, QuantFormat
 from llmkern.formats.int4 import unpack_codes
 
 RULES = {
@@ -77,7 +77,7 @@ def test_loaded_model_has_the_same_logits(rule, llama, tokens, tmp_path):
     llmkern.save(model, tmp_path / "model")
     assert torch.equal(logits(model, tokens), wanted)
     loaded = llmkern.load(tmp_path / "model")
-    packed = {n: m.format for n, m in loaded.named_modules() if isinstance(m, Int4Linear)}
+    packed = {n: m.format for n, m in loaded.named_modules() if isinstance(m, IntLinear)}
     assert packed == report.replaced
     assert not loaded.training
     assert torch.equal(logits(loaded, tokens), wanted)
@@ -148,7 +148,7 @@ def test_load_does_without_compressed_tensors(saved, tokens, monkeypatch):
 
 
 def test_load_never_builds_a_dense_weight(saved, monkeypatch, tokens):
-    monkeypatch.setattr(Int4Linear, "dequantize", None)
+    monkeypatch.setattr(IntLinear, "dequantize", None)
     loaded = llmkern.load(saved[1])
     held = [*loaded.parameters(), *loaded.buffers()]
     assert not any(t.is_floating_point() and tuple(t.shape) == (256, 128) for t in held)
@@ -235,7 +235,7 @@ def test_scales_keep_a_dtype_of_their_own(llama, tokens, tmp_path):
     model = llama()
 
     def factory(name, linear, fmt):
-        return Int4Linear.from_linear(linear, group_size=32, scale_dtype=torch.float32)
+        return IntLinear.from_linear(linear, group_size=32, scale_dtype=torch.float32)
 
     llmkern.patch(model, QuantFormat(4, 32), factory=factory)
     wanted = logits(model, tokens)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llmkern
-from llmkern import Int4Linear, Sparse24Int4Linear, Sparse24Linear
+from llmkern import IntLinear, Sparse24Int4Linear, Sparse24Linear
 from llmkern.evaluate import weight_bytes
 from llmkern.hf import accelerate_sparse
 
@@ -66,7 +66,7 @@ def test_int4_model_runs_sparse_and_comes_back_bit_for_bit(llama, tokens, tmp_pa
     assert (logits - dense).abs().max() <= 0.02 * dense.abs().max()
     llmkern.save(model, tmp_path / "out")
     again = llmkern.load(tmp_path / "out")
-    assert {kind for n, kind in kinds(again).items() if n != "lm_head"} == {Int4Linear}
+    assert {kind for n, kind in kinds(again).items() if n != "lm_head"} == {IntLinear}
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, dense)
     llmkern.accelerate(again)

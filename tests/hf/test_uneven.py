@@ -45,7 +45,7 @@ def test_packed_layers_of_uneven_width_come_back(model: LlamaForCausalLM, tmp_pa
     llmkern.save(model, tmp_path / "out")
     again = llmkern.load(tmp_path / "out")
     assert widths(again) == widths(model)
-    assert isinstance(again.model.layers[1].mlp.down_proj, llmkern.Int4Linear)
+    assert isinstance(again.model.layers[1].mlp.down_proj, llmkern.IntLinear)
     with torch.no_grad():
         assert torch.equal(again(input_ids=WINDOWS).logits, expected)
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 
 from llmkern.calibrate import Block, walk
 from llmkern.models import block_linears, context_length, find_blocks, vocabulary_size
-from llmkern.nn import Int4Linear
+from llmkern.nn import IntLinear
 
 VOCAB = 96
 
@@ -160,7 +160,7 @@ def test_linears_are_grouped_by_shared_input(model_type: str) -> None:
 def test_packed_linears_are_no_longer_found() -> None:
     model = tiny("llama")
     block = find_blocks(model).modules[0]
-    block.set_submodule("mlp.up_proj", Int4Linear.from_linear(block.mlp.up_proj, group_size=32))
+    block.set_submodule("mlp.up_proj", IntLinear.from_linear(block.mlp.up_proj, group_size=32))
     assert "mlp.up_proj" not in block_linears(block)
     assert "mlp.down_proj" in block_linears(block)
 

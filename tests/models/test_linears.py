@@ -61,7 +61,7 @@ def test_sizes_follow_the_weight(linear: nn.Module) -> None:
 
 
 def test_packed_linears_have_a_shape_and_values() -> None:
-    layer = llmkern.Int4Linear.from_linear(nn.Linear(64, 48), 4, 32)
+    layer = llmkern.IntLinear.from_linear(nn.Linear(64, 48), 4, 32)
     assert is_linear(layer)
     assert shape_of(layer) == (48, 64)
     assert dense_weight(layer).shape == (48, 64)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmkern.models import find_blocks, find_units
-from llmkern.nn import Int4Linear
+from llmkern.nn import IntLinear
 
 _CONFIG = {
     "vocab_size": 64,
@@ -104,7 +104,7 @@ def test_experts_and_packed_layers_have_no_units() -> None:
     assert [[u.kind for u in block] for block in find_units(model)] == [["attention"]] * 2
     model = tiny("llama")
     block = find_blocks(model).modules[1]
-    block.set_submodule("mlp.up_proj", Int4Linear.from_linear(block.mlp.up_proj, group_size=32))
+    block.set_submodule("mlp.up_proj", IntLinear.from_linear(block.mlp.up_proj, group_size=32))
     assert [[u.kind for u in b] for b in find_units(model)] == [["attention", "glu"], ["attention"]]
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import llmkern
-from llmkern import Int4Linear, Sparse24Int4Linear, Sparse24Linear
+from llmkern import IntLinear, Sparse24Int4Linear, Sparse24Linear
 from llmkern.testing import (
     assert_matches,
     random_sparse24_int4_weight,
@@ -119,12 +119,12 @@ def test_floats_are_saved_as_the_dense_linear_and_loaded_from_it():
 
 def test_codes_are_saved_as_the_int4_layer_and_loaded_from_it():
     layer = int4_layer(symmetric=False)
-    dense = Int4Linear(192, 48, format=layer.format)
+    dense = IntLinear(192, 48, format=layer.format)
     dense.load_state_dict(layer.state_dict())
     x = torch.randn(3, 192)
     assert relative_error(layer(x), dense(x)) < 1e-5
     assert torch.equal(layer.dequantize(), dense.dequantize())
-    crowded = Int4Linear.from_linear(nn.Linear(192, 48), group_size=64, symmetric=False)
+    crowded = IntLinear.from_linear(nn.Linear(192, 48), group_size=64, symmetric=False)
     with pytest.raises(RuntimeError, match=r"weight_packed: got [34] kept of 4 in row 0"):
         layer.load_state_dict(crowded.state_dict())
 

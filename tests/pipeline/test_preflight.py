@@ -103,7 +103,7 @@ def test_shapes_are_those_that_the_driver_leaves(stage: Stage, tmp_path: Path) -
     after = stage.plan(before, before, findings)
     assert not findings.errors
     real = driven(stage, tiny())
-    packed = {n for n, m in find_linears(real).items() if isinstance(m, llmkern.Int4Linear)}
+    packed = {n for n, m in find_linears(real).items() if isinstance(m, llmkern.IntLinear)}
     packed |= {n for n, m in find_linears(real).items() if isinstance(m, llmkern.Lut4Linear)}
     assert set(after.formats) == packed
     shapes = {n: p.shape for n, p in after.model.named_parameters()}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmkern
-from llmkern.nn import Int4Linear
+from llmkern.nn import IntLinear
 from llmkern.pipeline import (
     Distill,
     Pipeline,
@@ -71,7 +71,7 @@ def test_every_order_runs_and_a_costly_one_warns(order, model_dir, tokens, held_
         assert held["record"] == json.loads(json.dumps(record.to_dict()))
         assert held["versions"]["llmkern"] == llmkern.__version__
         model = llmkern.load(directory)
-        packed = any(isinstance(module, Int4Linear) for module in model.modules())
+        packed = any(isinstance(module, IntLinear) for module in model.modules())
         assert packed == (record.stage == "quantize")
         assert record.evaluation["kl"] > 0
         assert record.peak_memory_bytes > 1 << 20
@@ -127,7 +127,7 @@ def test_zeros_survive(last, model_dir, tokens, held_out, tmp_path):
     for name, module in before.named_modules():
         if name.endswith("_proj"):
             other = after.get_submodule(name)
-            dense = other.dequantize() if isinstance(other, Int4Linear) else other.weight
+            dense = other.dequantize() if isinstance(other, IntLinear) else other.weight
             zeros = module.weight == 0
             assert int(zeros.sum()) == zeros.numel() // 2
             assert (dense[zeros] == 0).all()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import llmkern
-from llmkern import Int4Linear, Lut4Linear, LutFormat, QuantFormat
+from llmkern import IntLinear, Lut4Linear, LutFormat, QuantFormat
 from llmkern.formats.int4 import pack_codes, unpack_codes
 from llmkern.nn import PackedLinear
 from llmkern.pipeline import Pipeline, Quantize
@@ -242,10 +242,10 @@ def test_kinds_that_no_format_holds_together_are_refused(
 ) -> None:
     llmkern.patch(model, {"*": LutFormat(), "*.mlp.*": QuantFormat(4, 32)})
     assert not hasattr(model.config, "quantization_config")
-    message = r"\(Int4Linear\) beside .* \(Lut4Linear\)|\(Lut4Linear\) beside .* \(Int4Linear\)"
+    message = r"\(IntLinear\) beside .* \(Lut4Linear\)|\(Lut4Linear\) beside .* \(IntLinear\)"
     with pytest.raises(ValueError, match=message):
         llmkern.save(model, tmp_path / "model")
-    assert isinstance(model.get_submodule(LAYER), Int4Linear)
+    assert isinstance(model.get_submodule(LAYER), IntLinear)
 
 
 def test_its_refusals_are_heard(books: Books, model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -159,5 +159,5 @@ def test_beside_another_kind_it_is_refused(
     rows: Rows, model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     llmkern.patch(model, {"*.q_proj": QuantFormat(4, 32)})
-    with pytest.raises(ValueError, match=r"q_proj \(Int4Linear\) beside .* \(RowLinear\)"):
+    with pytest.raises(ValueError, match=r"q_proj \(IntLinear\) beside .* \(RowLinear\)"):
         llmkern.save(model, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Int4Linear: values in every form a weight can take, exact round trips, and torch's own machinery."""
+"""IntLinear: values in every form a weight can take, exact round trips, and torch's own machinery."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import llmkern
 from llmkern import use_backend
 from llmkern._backends import compiled_module
 from llmkern.formats.int4 import QuantFormat
-from llmkern.nn import Int4Linear
+from llmkern.nn import IntLinear
 from llmkern.testing import assert_matches
 
 # bits, K, group size, symmetric
@@ -48,10 +49,10 @@ def parts(bits: int, K: int, group_size: int | None, symmetric: bool, rows: int 
     return codes, scales, zeros, w.reshape(rows, K)
 
 
-def make(shape, bias: bool = True) -> Int4Linear:
+def make(shape, bias: bool = True) -> IntLinear:
     codes, scales, zeros, _ = parts(*shape)
     bias_values = torch.randn(N) if bias else None
-    return Int4Linear.from_parts(
+    return IntLinear.from_parts(
         codes, scales, zeros, bias_values, bits=shape[0], group_size=shape[2]
     )
 
@@ -72,7 +73,7 @@ def assert_same_tensors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> No
 def test_forward_matches_the_dense_layer(shape, dtype):
     codes, scales, zeros, w = parts(*shape)
     bias = torch.randn(N)
-    layer = Int4Linear.from_parts(codes, scales, zeros, bias, bits=shape[0], group_size=shape[2])
+    layer = IntLinear.from_parts(codes, scales, zeros, bias, bits=shape[0], group_size=shape[2])
     x = torch.randn(2, 3, shape[1], dtype=dtype)
     spec = x.double() @ w.T + bias.to(dtype).double()
     like = nn.functional.linear(x, w.to(dtype), bias.to(dtype))
@@ -82,7 +83,7 @@ def test_forward_matches_the_dense_layer(shape, dtype):
 @case
 def test_dequantize_before_and_after_the_first_pass(shape):
     codes, scales, zeros, w = parts(*shape)
-    layer = Int4Linear.from_parts(codes, scales, zeros, bits=shape[0], group_size=shape[2])
+    layer = IntLinear.from_parts(codes, scales, zeros, bits=shape[0], group_size=shape[2])
     assert torch.equal(layer.dequantize(), w.float())
     layer(torch.randn(1, shape[1]))
     assert torch.equal(layer.dequantize(), w.float())
@@ -122,7 +123,7 @@ def test_state_dict_survives_a_forward_pass(shape, copied):
 )
 def test_any_shape_repacks_and_comes_back(bits, group_size, groups, rows, symmetric):
     codes, scales, zeros, w = parts(bits, group_size * groups, group_size, symmetric, rows)
-    layer = Int4Linear.from_parts(codes, scales, zeros, bits=bits, group_size=group_size)
+    layer = IntLinear.from_parts(codes, scales, zeros, bits=bits, group_size=group_size)
     before = snapshot(layer)
     x = torch.randn(2, group_size * groups)
     assert_matches(layer(x), x.double() @ w.T, x @ w.float().T)
@@ -135,7 +136,7 @@ def test_tensors_are_those_of_compressed_tensors(bits, symmetric):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     shape = (bits, 128, 32, symmetric)
     codes, scales, zeros, _ = parts(*shape)
-    layer = Int4Linear.from_parts(codes, scales, zeros, bits=bits, group_size=32)
+    layer = IntLinear.from_parts(codes, scales, zeros, bits=bits, group_size=32)
     layer(torch.randn(1, 128))
     saved = layer.state_dict()
     signed = (codes.int() - (1 << (bits - 1))).to(torch.int8)
@@ -151,7 +152,7 @@ def test_tensors_are_those_of_compressed_tensors(bits, symmetric):
 def test_from_linear_rounds_to_nearest(shape):
     bits, K, group_size, symmetric = shape
     linear = nn.Linear(K, N).bfloat16().eval()
-    layer = Int4Linear.from_linear(linear, bits, group_size, symmetric)
+    layer = IntLinear.from_linear(linear, bits, group_size, symmetric)
     assert layer.bias is linear.bias
     assert not layer.training
     assert layer.dtype == layer.weight_scale.dtype == torch.bfloat16
@@ -168,12 +169,12 @@ def test_from_linear_takes_a_conv1d():
     linear = nn.Linear(64, N)
     linear.weight.data, linear.bias.data = conv.weight.data.T.contiguous(), conv.bias.data
     x = torch.randn(3, 64)
-    pair = [Int4Linear.from_linear(layer, group_size=32) for layer in (conv, linear)]
+    pair = [IntLinear.from_linear(layer, group_size=32) for layer in (conv, linear)]
     assert torch.equal(pair[0](x), pair[1](x))
 
 
 def test_conversions_keep_codes_and_scales():
-    layer = Int4Linear.from_linear(nn.Linear(64, N), group_size=32)
+    layer = IntLinear.from_linear(nn.Linear(64, N), group_size=32)
     before = snapshot(layer)
     layer.bfloat16()
     assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
@@ -191,7 +192,7 @@ def test_each_backend_has_its_layout_and_no_second_copy(shape, backend):
     if backend == "cpu":
         assert compiled_module("_cpu")[0], "the compiled CPU kernels are missing"
     codes, scales, zeros, w = parts(*shape, rows=64)
-    layer = Int4Linear.from_parts(codes, scales, zeros, bits=shape[0], group_size=shape[2])
+    layer = IntLinear.from_parts(codes, scales, zeros, bits=shape[0], group_size=shape[2])
     before = snapshot(layer)
     x = torch.randn(3, shape[1])
     with use_backend(backend):
@@ -287,7 +288,7 @@ def test_runs_under_offloading_hooks(offload_buffers):
 
 def test_weight_answers_without_expanding(monkeypatch):
     layer = make(CASES["three_bits"]).bfloat16()
-    monkeypatch.setattr(Int4Linear, "dequantize", None)
+    monkeypatch.setattr(IntLinear, "dequantize", None)
     weight = layer.weight
     assert (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu")
     assert tuple(weight.shape) == (N, 128)
@@ -310,7 +311,7 @@ def test_weight_reads_as_dense_and_refuses_writes():
 def test_loads_into_a_fresh_layer(shape, assign):
     layer = make(shape)
     x = torch.randn(2, shape[1])
-    fresh = Int4Linear(
+    fresh = IntLinear(
         shape[1],
         N,
         format=layer.format,
@@ -361,36 +362,36 @@ def test_load_needs_the_zero_points_that_the_format_has():
     without = {name: t for name, t in tensors.items() if name != "weight_zero_point"}
     with pytest.raises(RuntimeError, match=r"Missing key.*weight_zero_point"):
         layer.load_state_dict(without)
-    symmetric = Int4Linear(128, N, format=QuantFormat(4, 128, True))
+    symmetric = IntLinear(128, N, format=QuantFormat(4, 128, True))
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_zero_point"):
         symmetric.load_state_dict(tensors)
 
 
 BAD = {
-    "eight_bits": (lambda: Int4Linear(64, 8, format=QuantFormat(8, 32)), "bits: got 8"),
-    "group": (lambda: Int4Linear(64, 8, format=QuantFormat(4, 48)), "group_size: got 48"),
+    "eight_bits": (lambda: IntLinear(64, 8, format=QuantFormat(8, 32)), "bits: got 8"),
+    "group": (lambda: IntLinear(64, 8, format=QuantFormat(4, 48)), "group_size: got 48"),
     "x_width": (lambda: make(CASES["zero_points"])(torch.randn(2, 64)), r"x: got \[2, 64\]"),
     "codes_dtype": (
-        lambda: Int4Linear.from_parts(torch.zeros(8, 64), torch.ones(8, 1), group_size=64),
+        lambda: IntLinear.from_parts(torch.zeros(8, 64), torch.ones(8, 1), group_size=64),
         "codes: got torch.float32",
     ),
     "code_too_large": (
-        lambda: Int4Linear.from_parts(
+        lambda: IntLinear.from_parts(
             torch.full((8, 64), 9, dtype=torch.uint8), torch.ones(8, 1), bits=3, group_size=64
         ),
         "codes: got a value of 9",
     ),
     "nan_scale": (
-        lambda: Int4Linear.from_parts(
+        lambda: IntLinear.from_parts(
             torch.zeros(8, 64, dtype=torch.uint8), torch.full((8, 1), torch.nan), group_size=64
         ),
         "weight_scale: got NaN or Inf",
     ),
     "nan_weight": (
-        lambda: Int4Linear.from_linear(nn.Linear(64, 8).to_empty(device="cpu").apply(spoil)),
+        lambda: IntLinear.from_linear(nn.Linear(64, 8).to_empty(device="cpu").apply(spoil)),
         "got NaN or Inf",
     ),
-    "not_a_linear": (lambda: Int4Linear.from_linear(nn.LayerNorm(8)), "linear: got LayerNorm"),
+    "not_a_linear": (lambda: IntLinear.from_linear(nn.LayerNorm(8)), "linear: got LayerNorm"),
 }
 
 
@@ -408,3 +409,7 @@ def test_bad_input_is_named(name):
 def test_repr_shows_the_format_and_the_layout():
     layer = make(CASES["three_bits"])
     assert "bits=3, group_size=128, symmetric=True, layout=file" in repr(layer)
+
+
+def test_old_name_stays_importable() -> None:
+    assert llmkern.Int4Linear is llmkern.nn.Int4Linear is llmkern.IntLinear

@@ -1,4 +1,4 @@
-"""Int4Linear: a linear layer whose weight stays packed, 2 to 4 bits per element."""
+"""IntLinear: a linear layer whose weight stays packed integer codes, 2 to 4 bits per element."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from llmkern.nn._packed_linear import PackedLinear
 from llmkern.ops import dequantize_int4, round_to_nearest, w4a16_gemm
 from llmkern.ops._cuda_layout import pack_int4, unpack_int4
 
-BITS = (2, 3, 4)
+PACKED_BITS = (2, 3, 4)
 
 
-class Int4Linear(PackedLinear):
+class IntLinear(PackedLinear):
     """y = x @ wᵀ + bias with w = weight_scale * (codes - zero points), never expanded in memory.
 
     The state_dict is that of compressed-tensors' `pack-quantized` format for the layer's own bit
@@ -86,8 +86,8 @@ class Int4Linear(PackedLinear):
     ) -> None:
         nn.Module.__init__(self)
         self.format = format or QuantFormat()
-        if self.format.bits not in BITS:
-            raise ValueError(f"bits: got {self.format.bits}, expected one of {BITS}")
+        if self.format.bits not in PACKED_BITS:
+            raise ValueError(f"bits: got {self.format.bits}, expected one of {PACKED_BITS}")
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.symmetric = self.format.bits, self.format.symmetric
         self.group_size = self.format.groups(in_features)
@@ -114,12 +114,12 @@ class Int4Linear(PackedLinear):
     @classmethod
     def refuse(cls, fmt: QuantFormat) -> Misfit | None:
         """Why no weight is held in `fmt`, or None."""
-        if fmt.bits in BITS:
+        if fmt.bits in PACKED_BITS:
             return None
-        return Misfit("bits", fmt.bits, f"is not one of {BITS}", f"one of {BITS}")
+        return Misfit("bits", fmt.bits, f"is not one of {PACKED_BITS}", f"one of {PACKED_BITS}")
 
     @classmethod
-    def from_format(cls, linear: nn.Module, fmt: QuantFormat) -> Int4Linear:
+    def from_format(cls, linear: nn.Module, fmt: QuantFormat) -> IntLinear:
         """`from_linear` with the fields of a format."""
         return cls.from_linear(linear, fmt.bits, fmt.group_size, fmt.symmetric)
 
@@ -133,7 +133,7 @@ class Int4Linear(PackedLinear):
         *,
         clip_search: bool = False,
         scale_dtype: torch.dtype | None = None,
-    ) -> Int4Linear:
+    ) -> IntLinear:
         """Round a linear layer to nearest.
 
         Args:
@@ -175,7 +175,7 @@ class Int4Linear(PackedLinear):
         bits: int = 4,
         group_size: int | None = 128,
         dtype: torch.dtype | None = None,
-    ) -> Int4Linear:
+    ) -> IntLinear:
         """Pack a quantized weight, w = scales * (codes - zeros).
 
         Args:
@@ -213,7 +213,7 @@ class Int4Linear(PackedLinear):
         in_features: int,
         format: QuantFormat,
         dtype: torch.dtype | None = None,
-    ) -> Int4Linear:
+    ) -> IntLinear:
         """Wrap tensors of the canonical layout, as compressed-tensors stores them, without a copy.
 
         Args:
@@ -270,7 +270,7 @@ class Int4Linear(PackedLinear):
     @classmethod
     def from_stored(
         cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: nn.Parameter | None
-    ) -> Int4Linear:
+    ) -> IntLinear:
         """The layer that `stored` described."""
         return cls.from_packed(
             tensors["weight_packed"],
@@ -413,3 +413,7 @@ class Int4Linear(PackedLinear):
         if name == "weight_shape" and not tensor.is_meta and tensor.tolist() != [N, K]:
             return f"weight_shape: got {tensor.tolist()}, expected {[N, K]}"
         return None
+
+
+# Its name while 4 bits were all that it held.
+Int4Linear = IntLinear
