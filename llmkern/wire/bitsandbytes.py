@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from llmkern._dtypes import dtype_name
 from llmkern.formats.lut4 import BLOCK_SIZES, CODEBOOKS, codebook_name
 from llmkern.models.experts import find_expert_matrices
 from llmkern.nn import Lut4Linear, PackedLinear
@@ -71,7 +72,7 @@ class Bitsandbytes(Wire):
             "load_in_8bit": False,
             "bnb_4bit_quant_type": codebook_name(cast(Tensor, layer.codebook)),
             "bnb_4bit_use_double_quant": False,
-            "bnb_4bit_compute_dtype": str(layer.dtype).removeprefix("torch."),
+            "bnb_4bit_compute_dtype": dtype_name(layer.dtype),
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": sorted(dense),
         }
