@@ -164,11 +164,15 @@ def test_one_copy_at_a_time(data: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     assert most == 1
 
 
-def test_what_a_driver_adds_appears(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_driver_adds_appears(data: dict[str, Any]) -> None:
     rtn = find_method(Quantize.methods, "rtn")
-    more = dataclasses.replace(rtn, compared={"rtn in groups of 32": {"group_size": 32}})
-    monkeypatch.setitem(Quantize.methods, Quantize.methods.index(rtn), more)
-    report = compare(tiny(), methods=["rtn in groups of 32"], **data)
+    rows = {"rtn in groups of 32": {"group_size": 32}}
+    more = dataclasses.replace(rtn, name="rtn again", compared=rows)
+    Quantize.methods.append(more)
+    try:
+        report = compare(tiny(), methods=["rtn in groups of 32"], **data)
+    finally:
+        Quantize.methods.remove(more)
     assert [record.label for record in report.stages] == ["original", "rtn in groups of 32"]
 
 
