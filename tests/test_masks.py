@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import llmkern
 from llmkern import LutFormat, QuantFormat, keep_masks
@@ -21,21 +22,8 @@ from llmkern.prune import prune
 VOCAB, LAYERS = 96, 2
 
 
-def tiny(**changes: Any) -> nn.Module:
-    config = AutoConfig.for_model(
-        "llama",
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-        }
-        | changes,
-    )
-    return AutoModelForCausalLM.from_config(config)
+def tiny() -> Any:
+    return tiny_models.tiny().train()
 
 
 def pruned(**amount: Any) -> nn.Module:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -24,16 +24,7 @@ from llmkern import IntLinear, QuantFormat
 W4, W3 = QuantFormat(4, 32), QuantFormat(3, None, False)
 
 
-def llama(**changes) -> LlamaForCausalLM:
-    config = dict(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    return LlamaForCausalLM(LlamaConfig(**config, **changes)).eval()
+llama = partial(tiny_models.tiny, intermediate_size=96, vocab_size=128)
 
 
 def moe() -> Qwen3MoeForCausalLM:

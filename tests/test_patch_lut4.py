@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import llmkern
 from llmkern import IntLinear, Lut4Linear, LutFormat, QuantFormat
 from llmkern.formats.lut4 import CODEBOOKS
 
-
-def llama(intermediate_size: int = 96) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    return LlamaForCausalLM(config).eval()
+llama = partial(tiny_models.tiny, intermediate_size=96, vocab_size=128)
 
 
 @pytest.mark.parametrize("book", CODEBOOKS)
@@ -70,7 +62,7 @@ def test_conv1d_is_packed():
 
 def test_rows_that_blocks_would_split_stay_dense_with_a_warning():
     with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.down_proj: .*K = 80.*share 16"):
-        report = llmkern.patch(llama(80), LutFormat())
+        report = llmkern.patch(llama(intermediate_size=80), LutFormat())
     assert {name.rsplit(".", 1)[1] for name in report.unexpected} == {"down_proj"}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -23,21 +24,7 @@ PROJECTIONS = ("self_attn.{}_proj", "qkvo"), ("mlp.{}_proj", ("gate", "up", "dow
 LINEARS = [form.format(part) for form, parts in PROJECTIONS for part in parts]
 
 
-def tiny(model_type: str = "llama", **changes: Any) -> nn.Module:
-    config = AutoConfig.for_model(
-        model_type,
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-        }
-        | changes,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+tiny = partial(tiny_models.tiny, intermediate_size=96)
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmkern.calibrate import Block, HessianStatistic, Statistic, walk
 from llmkern.models import block_linears, find_blocks
@@ -18,17 +19,9 @@ from llmkern.testing import TensorPeak, assert_matches
 VOCAB, WIDTH, LAYERS = 96, 32, 3
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+tiny_llama = partial(
+    tiny_models.tiny, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS
+)
 
 
 @pytest.fixture
@@ -53,7 +46,7 @@ class Inputs:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_hessians_equal_those_of_a_plain_forward(dtype: torch.dtype, tokens: Tensor) -> None:
-    model = tiny_llama(dtype).eval()
+    model = tiny_llama(dtype=dtype).eval()
     seen: dict[str, list[Tensor]] = {}
     handles = [
         linear.register_forward_pre_hook(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import llmkern
@@ -23,19 +22,9 @@ from llmkern.distill.soft import SoftOptions
 from llmkern.reference.kd_loss import kd_loss as plain
 
 
-def llama(**changes) -> LlamaForCausalLM:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 61,
-        "max_position_embeddings": 64,
-    }
-    config = LlamaConfig(**sizes | changes)
-    torch.manual_seed(0)
-    return LlamaForCausalLM._from_config(config, dtype=torch.float32)
+def llama(**changes):
+    sizes = {"intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 61}
+    return tiny_models.tiny(seed=0, **sizes | changes).train()
 
 
 def tokens(rows: int = 12, length: int = 9) -> torch.Tensor:

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmkern
@@ -27,28 +28,7 @@ from llmkern.train import _loop
 VOCAB, LAYERS = 96, 3
 
 
-def tiny(model_type: str = "llama", **changes: Any) -> nn.Module:
-    config = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-    }
-    if model_type == "gpt2":
-        config = {"vocab_size": VOCAB, "n_embd": 64, "n_head": 4, "n_positions": 64, "n_layer": 3}
-        config |= {"bos_token_id": 1, "eos_token_id": 2}
-    elif model_type != "opt":
-        config["num_key_value_heads"] = 2
-    else:
-        config |= {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 0}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config | changes))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 or name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+tiny = partial(tiny_models.tiny, seed=0, std=0.1, num_hidden_layers=LAYERS)
 
 
 def half_zero(**changes: Any) -> nn.Module:
@@ -254,6 +234,7 @@ def test_journal_changes_no_bit(tmp_path: Path) -> None:
 # an import takes. It dies by SIGKILL in the middle of a call into the system, or at a random time.
 LIVES = """
 import importlib.util, os, random, signal, sys, threading
+sys.path.append(sys.argv.pop())
 spec = importlib.util.spec_from_file_location("cases", sys.argv[1])
 cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cases)
@@ -316,6 +297,7 @@ def test_killed_at_random_points(case: str, tmp_path: Path) -> None:
     script.write_text(LIVES)
     seed = random.randrange(1000)
     command = [sys.executable, script, __file__, case, tmp_path / "state", out, str(seed)]
+    command.append(Path(tiny_models.__file__).parent)
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, f"seed {seed}: {result.stderr[-2000:]}"
     assert int(result.stdout) >= 3, f"seed {seed}"

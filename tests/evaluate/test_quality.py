@@ -6,14 +6,15 @@ import copy
 import functools
 import inspect
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmkern
 from llmkern import evaluate as evaluate_function
@@ -23,20 +24,7 @@ from llmkern.evaluate import evaluate, quality, weight_bytes
 VOCAB = 96
 
 
-def tiny(**changes: Any) -> nn.Module:
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=changes.pop("vocab_size", VOCAB),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=changes.pop("num_key_value_heads", 2),
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        **changes,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+tiny = partial(tiny_models.tiny, initializer_range=0.2)
 
 
 class Table(nn.Module):

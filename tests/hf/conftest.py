@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -27,20 +28,13 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture
 def llama() -> Callable[..., LlamaForCausalLM]:
-    def make(dtype: torch.dtype = torch.bfloat16, **changes: object) -> LlamaForCausalLM:
-        config = {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 128,
-            **changes,
-        }
-        # Not .to(dtype), which rounds the rotary frequencies that loading computes anew.
-        return AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=dtype).eval()
-
-    return make
+    return partial(
+        tiny_models.tiny,
+        dtype=torch.bfloat16,
+        hidden_size=128,
+        intermediate_size=256,
+        vocab_size=128,
+    )
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def configure(directory: Path, change) -> None:
 @rules
 def test_loaded_model_has_the_same_logits(rule, llama, tokens, tmp_path):
     dtype = torch.float32 if isinstance(rule, dict) else torch.bfloat16
-    model = llama(dtype)
+    model = llama(dtype=dtype)
     report = llmkern.patch(model, rule)
     wanted = logits(model, tokens)
     llmkern.save(model, tmp_path / "model")

@@ -27,7 +27,7 @@ def kinds(model: nn.Module) -> dict[str, type]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dense_model_runs_sparse_and_comes_back_bit_for_bit(llama, tokens, tmp_path, dtype):
-    model = llama(dtype)
+    model = llama(dtype=dtype)
     prune(model)
     with torch.no_grad():
         dense = model(tokens).logits

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import llmkern
 
@@ -17,16 +18,7 @@ WINDOWS = torch.arange(4 * 16).remainder(64).view(4, 16)
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_models.tiny(vocab_size=64, num_hidden_layers=3)
     llmkern.prune(
         model, "glu", ratio=0.25, round_to=32, allow_uneven=True, keep_last=0, calibration=WINDOWS
     )

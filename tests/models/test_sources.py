@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmkern.calibrate.walker import Block, walk
 from llmkern.models import Source, find_blocks, find_sources, fold, scale_columns
@@ -18,9 +18,6 @@ _CONFIG = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 32,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -30,9 +27,7 @@ TOKENS = torch.arange(48).view(4, 12)
 
 
 def tiny(model_type: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **_CONFIG | changes)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model: nn.Module = tiny_models.tiny(model_type, seed=0, **_CONFIG | changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms and biases that differ from feature to feature, as those of trained models.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmkern.models import find_blocks, find_units
 from llmkern.nn import IntLinear
@@ -16,9 +16,6 @@ _CONFIG = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 32,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -27,9 +24,8 @@ _CONFIG = {
 
 
 def tiny(model_type: str, **changes: Any) -> nn.Module:
-    config = AutoConfig.for_model(model_type, **_CONFIG | changes)
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
-    return model.eval()
+    model: nn.Module = tiny_models.tiny(model_type, **_CONFIG | changes)
+    return model
 
 
 def test_separate_projections_group_query_heads_with_their_key_value_head() -> None:

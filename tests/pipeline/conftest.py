@@ -5,24 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=61,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, dtype=torch.float32)
+    model = tiny_models.tiny(seed=0, num_hidden_layers=4, vocab_size=61)
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

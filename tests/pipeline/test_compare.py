@@ -7,13 +7,14 @@ import dataclasses
 import json
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmkern
 from llmkern import assets
@@ -26,21 +27,15 @@ VOCAB = 96
 BUNDLED = str(assets.bundled_model_dir())
 
 
-def tiny(kind: str = "llama", **changes: Any) -> Any:
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    config = AutoConfig.for_model(kind, **{**settings, **changes})
-    return AutoModelForCausalLM.from_config(config).eval()
+tiny = partial(
+    tiny_models.tiny,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    initializer_range=0.2,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 
 
 @pytest.fixture

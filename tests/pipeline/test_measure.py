@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import llmkern
 from llmkern import assets
@@ -21,19 +22,7 @@ from llmkern.pipeline.measure import count_parameters, measure, sensitivity
 VOCAB = 96
 
 
-def tiny(**changes: Any) -> Any:
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
-    config = AutoConfig.for_model("llama", **{**settings, **changes})
-    return AutoModelForCausalLM.from_config(config).eval()
+tiny = partial(tiny_models.tiny, num_hidden_layers=3, initializer_range=0.2)
 
 
 @pytest.fixture

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, T5Config
+from transformers import T5Config
 
 import llmkern
 from llmkern.distill import make_student
@@ -28,31 +30,9 @@ from llmkern.pipeline.stages import Distill, Prune, Quantize, Stage
 from llmkern.testing import TensorPeak
 
 VOCAB = 96
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def config(model_type: str = "llama", **changes: Any) -> Any:
-    if model_type == "gpt2":
-        shape = {"vocab_size": VOCAB, "n_embd": 64, "n_head": 4, "n_positions": 64, "n_layer": 4}
-        return AutoConfig.for_model("gpt2", **shape, bos_token_id=1, eos_token_id=2)
-    return AutoConfig.for_model(model_type, **SHAPE | {"pad_token_id": 0} | changes)
-
-
-def tiny(model_type: str = "llama", **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(model_type, **changes))
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+SHAPE = {"intermediate_size": 256, "num_hidden_layers": 4, "pad_token_id": 0}
+config = partial(tiny_models.tiny_config, **SHAPE)
+tiny = partial(tiny_models.tiny, seed=0, std=0.1, **SHAPE)
 
 
 TOKENS = torch.randint(3, VOCAB, (40, 32), generator=torch.Generator().manual_seed(0))

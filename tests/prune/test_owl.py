@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmkern.models import block_linears, find_blocks
 from llmkern.prune import prune
@@ -19,17 +19,7 @@ VOCAB, LAYERS = 96, 4
 
 def tiny() -> nn.Module:
     """A model whose blocks have ever more weights of ten times the usual size."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = tiny_models.tiny(intermediate_size=96, num_hidden_layers=LAYERS)
     with torch.no_grad():
         for i, (_, block) in enumerate(find_blocks(model).items()):
             for linear in block_linears(block).values():
