@@ -81,6 +81,7 @@ def run(model: Any, tokenizer: Any, job: Job) -> Iterator[tuple[str, StageRecord
                 evaluation=job.held_out,
                 speed=False,
                 sensitivity=False,
+                prompts=[],
             )
             yield name, report.stages[-1]
 
