@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Generic, TypeVar
@@ -118,12 +118,11 @@ def choose_linears(
     """
     report: LinearChoice[_T] = LinearChoice()
     linears = find_linears(model)
-    for pattern, fmt in rules.items():
-        if fmt is not None and not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(
-                f"rule: got the pattern {pattern!r}, which matches no linear layer of "
-                f"{type(model).__name__}; layers are named like {next(iter(linears), 'none')!r}"
-            )
+    for pattern in unmatched([p for p, fmt in rules.items() if fmt is not None], linears):
+        raise ValueError(
+            f"rule: got the pattern {pattern!r}, which matches no linear layer of "
+            f"{type(model).__name__}; layers are named like {next(iter(linears), 'none')!r}"
+        )
     shared = shared_weights(model)
     for name, linear in linears.items():
         winner = winning_pattern(rules, name)
@@ -145,9 +144,9 @@ def choose_linears(
     return report
 
 
-def unmatched(rules: Mapping[str, object], names: Collection[str]) -> list[str]:
-    """The patterns that match none of the names; "*", which stands for all, is never one of them."""
-    return [p for p in rules if p != "*" and not any(fnmatchcase(name, p) for name in names)]
+def unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """The patterns that match none of the names."""
+    return [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
 
 
 def winning_pattern(rules: Mapping[str, object], name: str) -> str | None:

@@ -461,7 +461,7 @@ def plan_modules(
     """`plan_layers` for a list of module names."""
     if not names:
         raise ValueError(f"model: got no {what} in it, expected some")
-    for pattern in unmatched(rules, names):
+    for pattern in unmatched([p for p in rules if p != "*"], names):
         raise ValueError(f"rules: got {pattern!r}, which matches no {what}")
     plan, left = {}, {}
     for name in names:

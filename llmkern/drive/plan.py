@@ -54,7 +54,7 @@ def plan_layers(
     }
     if not inside:
         raise ValueError(f"model: got no dense linear in {blocks.name}, expected some to {what}")
-    for pattern in unmatched(rules, inside):
+    for pattern in unmatched([p for p in rules if p != "*"], inside):
         raise ValueError(
             f"rules: got {pattern!r}, which matches no linear in {blocks.name}; they are named like "
             f"{next(iter(inside))!r}"

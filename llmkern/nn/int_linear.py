@@ -264,7 +264,7 @@ class IntLinear(PackedLinear):
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `from_stored` needs of this layer beside its bias."""
-        entry = {"in_features": self.in_features, **self.format.to_dict()}
+        entry = {"in_features": self.in_features, "format": self.format.to_dict()}
         return entry, {k: t for k, t in self._file_tensors().items() if t is not None}
 
     @classmethod
@@ -278,7 +278,7 @@ class IntLinear(PackedLinear):
             tensors.get("weight_zero_point"),
             bias,
             in_features=entry["in_features"],
-            format=QuantFormat(entry["bits"], entry["group_size"], entry["symmetric"]),
+            format=QuantFormat.from_dict(entry["format"]),
             dtype=entry["dtype"],
         )
 
