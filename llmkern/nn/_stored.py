@@ -35,8 +35,11 @@ def rebuild_packed(
         bias: the layer's; kept as it is.
 
     Raises:
-        ValueError: tensors that do not fit the description (named).
+        ValueError: tensors that do not fit the description (named), or a class that there is not.
     """
-    kind = next(kind for kind in PACKED if kind.__name__ == entry["class"])
+    kinds = {kind.__name__: kind for kind in PACKED}
+    if entry["class"] not in kinds:
+        raise ValueError(f"class: got {entry['class']!r}, expected one of {', '.join(kinds)}")
+    kind = kinds[entry["class"]]
     dtype = FLOATS_BY_NAME[entry["dtype"].removeprefix("torch.")]
     return kind.from_stored({**entry, "dtype": dtype}, tensors, bias)
