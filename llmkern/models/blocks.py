@@ -132,8 +132,24 @@ def vocabulary_size(model: nn.Module) -> int | None:
 def text_config(model: nn.Module) -> Any:
     """The part of the model's config that describes its decoder; None if it has no config."""
     config = getattr(model, "config", None)
-    gettext_config = getattr(config, "gettext_config", None)
-    return config if gettext_config is None else gettext_config()
+    get_text_config = getattr(config, "get_text_config", None)
+    return config if get_text_config is None else get_text_config()
+
+
+@contextmanager
+def float32_parameters(model: nn.Module) -> Iterator[None]:
+    """Every parameter in float32, to be trained; its own dtype afterwards.
+
+    Buffers keep theirs: those of rotary embeddings are of 32 bits for a reason.
+    """
+    dtypes = [(p, p.dtype) for p in model.parameters() if p.is_floating_point()]
+    for parameter, _ in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes:
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
