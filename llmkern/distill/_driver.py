@@ -15,6 +15,7 @@ from llmkern.distill._plan import DistillJob
 from llmkern.distill._student import is_dense
 from llmkern.drive import find_method, sort_options
 from llmkern.masks import keep_masks, pruned_layers
+from llmkern.models import float32_parameters
 from llmkern.train import TrainOptions, TrainReport, fit
 
 
@@ -73,7 +74,7 @@ def distill(
 
     Args:
         student: a dense transformers causal language model (`make_student` makes one from the
-            teacher). It is trained in float32 and gets its own dtype back.
+            teacher). It is trained in float32; each parameter gets its own dtype back.
         teacher: any transformers causal language model, packed or pruned ones too; only read. None for
             "sequence" on answers that are in a file.
         method: "soft" (cross-entropy and a divergence of the logits), "hidden" (and hidden states,
@@ -117,31 +118,31 @@ def distill(
                 )
     texts = (data, seq_len, 4096 if samples is None else samples)
     job = DistillJob(student, teacher, tokenizer, teacher_tokenizer, *texts, training, progress)
-    dtype = next(student.parameters()).dtype
-    student.float()
     modes = student.training, teacher is not None and teacher.training
     if teacher is not None:
         # Dropout in the teacher would make its targets noise.
         teacher.eval()
     used = _described(settings)
     try:
-        plan = kind.plan(job, settings)
-        kept: AbstractContextManager[object] = nullcontext()
-        if keep_zeros and pruned_layers(student):
-            kept = keep_masks(student)
-        every = -(-training.checkpoint_every // plan.every) * plan.every
-        training = dataclasses.replace(training, checkpoint_every=every)
-        with kept:
-            report = fit(
-                plan.module,
-                plan.data,
-                training,
-                progress=progress,
-                prepare=plan.prepare,
-                settings={"method": method} | {k: v for k, v in used.items() if k not in _PLACES},
-            )
+        with float32_parameters(student):
+            plan = kind.plan(job, settings)
+            kept: AbstractContextManager[object] = nullcontext()
+            if keep_zeros and pruned_layers(student):
+                kept = keep_masks(student)
+            every = -(-training.checkpoint_every // plan.every) * plan.every
+            training = dataclasses.replace(training, checkpoint_every=every)
+            with kept:
+                report = fit(
+                    plan.module,
+                    plan.data,
+                    training,
+                    progress=progress,
+                    prepare=plan.prepare,
+                    settings={"method": method}
+                    | {k: v for k, v in used.items() if k not in _PLACES},
+                )
     finally:
-        student.to(dtype).train(modes[0])
+        student.train(modes[0])
         if teacher is not None:
             teacher.train(modes[1])
     rows = next(iter(plan.data.values()))

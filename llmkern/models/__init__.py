@@ -7,6 +7,7 @@ from llmkern.models.blocks import (
     context_length,
     evaluation_mode,
     find_blocks,
+    float32_parameters,
     text_config,
     vocabulary_size,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "find_blocks",
     "find_sources",
     "find_units",
+    "float32_parameters",
     "fold",
     "head_counts",
     "keep_blocks",

@@ -15,7 +15,7 @@ from llmkern.calibrate.gradients import next_token_loss, only_trained
 from llmkern.drive import Journal, Shapes, Tokens
 from llmkern.drive.shapes import F32
 from llmkern.masks import MaskedParameters, pruned_layers
-from llmkern.models import block_linears, evaluation_mode, find_blocks
+from llmkern.models import block_linears, evaluation_mode, find_blocks, float32_parameters
 from llmkern.models.linears import is_conv1d
 from llmkern.prune._options import RecoveryOptions
 from llmkern.train import TrainOptions, fit
@@ -133,17 +133,9 @@ def _inside(after: Shapes) -> int:
 @contextmanager
 def _full(model: nn.Module, linears: dict[str, nn.Module], rank: int) -> Iterator[None]:
     trained = [p for linear in linears.values() for p in linear.parameters()]
-    dtypes = [(p, p.dtype) for p in model.parameters()]
-    # A step is far smaller than what 8 bits of mantissa can tell apart. Buffers keep their types: those
-    # of rotary embeddings are of 32 bits for a reason.
-    for parameter, _ in dtypes:
-        parameter.data = parameter.data.float()
-    try:
-        with only_trained(model, trained):
-            yield
-    finally:
-        for parameter, dtype in dtypes:
-            parameter.data = parameter.data.to(dtype)
+    # A step is far smaller than what 8 bits of mantissa can tell apart.
+    with float32_parameters(model), only_trained(model, trained):
+        yield
 
 
 @contextmanager

@@ -106,6 +106,20 @@ def test_student_comes_closer_to_its_teacher_and_keeps_dtype_and_mode():
     assert report.to_dict()["options"]["alpha"] == 1.0
 
 
+def test_each_parameter_and_buffer_keeps_its_own_dtype():
+    student = llama(num_hidden_layers=2).to(torch.bfloat16)
+    precise = torch.tensor([0.501, 0.5017, 0.5003, 0.5011])  # one number in bfloat16
+    student.model.layers[0].mlp.register_parameter("correction", nn.Parameter(precise.clone()))
+    student.model.layers[1].mlp.register_buffer("frequencies", precise.clone())
+    before = {n: t.dtype for n, t in (*student.named_parameters(), *student.named_buffers())}
+    distill(student, llama(), data=tokens(), steps=2, lr=1e-6, batch_size=2)
+    after = {n: t.dtype for n, t in (*student.named_parameters(), *student.named_buffers())}
+    assert after == before
+    assert len(set(before.values())) == 2
+    torch.testing.assert_close(student.model.layers[0].mlp.correction.data, precise)
+    assert torch.equal(student.model.layers[1].mlp.frequencies, precise)
+
+
 def test_student_loads_anywhere(tmp_path):
     student = make_student(llama(), [0, 3])
     teacher = llama()
