@@ -45,7 +45,7 @@ from llmkern.prune import PrunedWeight
 from llmkern.prune._layers import LayerOptions, SingleWeights
 from llmkern.prune._method import PruneMethod
 from llmkern.quantize import METHODS, QuantizedModule, QuantizedWeight, QuantizeMethod
-from llmkern.quantize._formats import IntFormats
+from llmkern.quantize._formats import Formats, IntFormats
 from llmkern.wire import WIRES, TakenOver, Wire, fill_pending, leave_pending, like
 from llmkern.wire.checkpoint_files import CheckpointFiles
 
@@ -541,7 +541,7 @@ def made(tensors: Mapping[str, Tensor], bias: nn.Parameter | None) -> ByteLinear
 
 
 @dataclass(frozen=True)
-class ByteFormats:
+class ByteFormats(Formats):
     """The formats of `bytes`."""
 
     rule: ClassVar[tuple[str, ...]] = ("top",)

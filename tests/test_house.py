@@ -62,7 +62,7 @@ MAY_IMPORT = {
         "ops",
         "patch",
     },
-    "quantize": {"calibrate", "drive", "formats", "masks", "models", "nn", "ops", "wire"},
+    "quantize": {"calibrate", "drive", "formats", "masks", "models", "nn", "ops", "patch", "wire"},
     "prune": {"calibrate", "drive", "evaluate", "masks", "models", "ops", "patch", "train"},
     "distill": {
         "calibrate",

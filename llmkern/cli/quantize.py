@@ -102,6 +102,8 @@ def quantize(
     )
     finished = options.get("checkpoint")
     write_model(model, output, tokenizer, report, overwrite=overwrite, finished=finished)
+    for note in report.notes:
+        console.print(note, highlight=False)
     console.print(
         f"{len(report.layers)} layers quantized in {report.seconds:.1f} s, "
         f"{len(report.dense)} left dense, saved to {output}"

@@ -22,6 +22,7 @@ def plan_layers(
     *,
     what: str,
     check: Callable[[Mapping[str, tuple[tuple[int, int], Any]]], None],
+    fitted: Callable[[_T, int, int], _T] | None = None,
     values: bool = True,
 ) -> tuple[dict[str, _T], dict[str, str]]:
     """What each linear inside the decoder blocks gets, and why each other linear gets nothing.
@@ -33,6 +34,7 @@ def plan_layers(
         what: the driver's name, for messages: "quantize".
         check: called with the (N, K) of each layer and what it is to get, by name; raises ValueError
             where that does not fit.
+        fitted: what a layer that "*" decides about gets, from what "*" says and its N and K; None: that.
         values: look at the weights' values; False for a model without data, of which only the shapes
             count.
 
@@ -63,17 +65,19 @@ def plan_layers(
     for name, linear in inside.items():
         winner = winning_pattern(rules, name)
         wanted = None if winner is None else rules[winner]
+        if wanted is not None and winner == "*" and fitted is not None:
+            wanted = fitted(wanted, *shape_of(linear))
         if wanted is not None:
             asked[name] = (shape_of(linear), wanted)
     check(asked)
     choice = choose_linears(model, rules, lambda wanted, shape: None)
     left = dict(choice.left)
     plan = {}
-    for name, wanted in choice.replaced.items():
+    for name in choice.replaced:
         if name in inside:
             if values:
                 check_values(name, inside[name])
-            plan[name] = wanted
+            plan[name] = asked[name][1]
         else:
             left[name] = f"outside the decoder blocks ({blocks.name})"
     warn_dense(what, {name: left[name] for name in choice.unexpected})

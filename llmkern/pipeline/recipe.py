@@ -21,7 +21,7 @@ from llmkern.pipeline.stages import STAGES, Stage
 
 DEFAULT = """\
 - prune: {method: glu, ratio: 0.25, importance: obs}
-- quantize: {method: gptq, bits: 4, group_size: 128}
+- quantize: {method: gptq, bits: 4}
 - distill: {method: soft, student: {layers: 0.5}, temperature: 2.0, alpha: 0.5, steps: 500, lr: 1.0e-3}
 """
 

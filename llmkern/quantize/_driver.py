@@ -25,6 +25,7 @@ from llmkern.drive import (
 )
 from llmkern.formats import WeightFormat
 from llmkern.models.linears import shape_of
+from llmkern.patch import winning_pattern
 from llmkern.quantize import gptq, rtn, tables
 from llmkern.quantize._formats import check_held
 from llmkern.quantize._method import QuantizeMethod, Result
@@ -64,7 +65,8 @@ def quantize(
             "nf4" or "fp4" (bitsandbytes' tables).
         bits: 2, 3 or 4; 4 for the tables.
         group_size: K-elements per scale, a divisor of every layer's K; None for one scale per row. For
-            the tables: elements of the flattened weight. "auto" is 128, and 64 for the tables.
+            the tables: elements of the flattened weight. "auto" is 128 where it divides K, else 64, 32
+            or a whole row, and 64 for the tables.
         symmetric: no zero points; the tables have none.
         rules: glob over full layer names -> `QuantFormat` (`LutFormat` with the tables) for those
             layers, or None to leave them dense; the last that matches counts.
@@ -98,8 +100,10 @@ def quantize(
     kind = find_method(METHODS, method)
     settings, data = sort_options(kind, options)
     default = kind.formats.choose(bits, group_size, symmetric)
-    plan, dense = plan_formats(kind, model, default, dict(rules or {}))
+    rules, auto = dict(rules or {}), group_size == "auto"
+    plan, dense = plan_formats(kind, model, default, rules, auto=auto)
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
+    report.notes += size_notes(model, default, plan, rules)
     windows: Tensor | None = None
     if kind.work.needs(settings).tokens:
         windows = load_windows(
@@ -187,9 +191,13 @@ def plan_formats(
     default: WeightFormat,
     rules: Mapping[str, WeightFormat | None],
     *,
+    auto: bool = False,
     values: bool = True,
 ) -> tuple[_Plan, dict[str, str]]:
-    """Format of each layer to quantize, all of it checked, and why each other one stays dense."""
+    """Format of each layer to quantize, all of it checked, and why each other one stays dense.
+
+    With `auto`, a layer that no rule names and that the default does not fit gets the next that does.
+    """
     kind = type(default)
     for pattern, fmt in rules.items():
         if fmt is None:
@@ -200,8 +208,34 @@ def plan_formats(
             )
         check_held(fmt, f"rules[{pattern!r}]")
     return method.work.plan(
-        model, {"*": default, **rules}, what="quantize", check=check_formats, values=values
+        model,
+        {"*": default, **rules},
+        what="quantize",
+        check=check_formats,
+        fitted=method.formats.fitted if auto and "*" not in rules else None,
+        values=values,
     )
+
+
+def size_notes(
+    model: nn.Module,
+    default: WeightFormat,
+    plan: Mapping[str, WeightFormat],
+    rules: Mapping[str, object],
+) -> list[str]:
+    """One sentence for each format that layers got in place of the default, because it did not fit."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, fmt in plan.items():
+        N, K = _matrix(model.get_submodule(name))
+        odd = default.misfit(N, K)
+        if odd is not None and winning_pattern(rules, name) is None:
+            size = "one scale per row" if fmt.groups(K) == K else f"groups of {fmt.groups(K)}"
+            found.setdefault((size, f"{odd.got} {odd.why}"), []).append(name)
+    notes = []
+    for (size, why), names in found.items():
+        more = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
+        notes.append(f"{names[0]}{more}: {size}, because {why}")
+    return notes
 
 
 def check_formats(asked: Mapping[str, tuple[tuple[int, int], WeightFormat]]) -> None:

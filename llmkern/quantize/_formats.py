@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from llmkern.formats import LutFormat, QuantFormat, WeightFormat
 from llmkern.nn import packed_class
 
+# Groups that are tried where K is no multiple of 128.
+_SMALLER = (64, 32)
+
 GroupSize = int | Literal["auto"] | None
 
 
-class Formats(Protocol):
+class Formats:
     """The formats of a method.
 
     Attributes:
@@ -30,6 +34,11 @@ class Formats(Protocol):
             ValueError: there is none; names the argument.
             NotImplementedError: no packed layer holds it.
         """
+        raise NotImplementedError
+
+    def fitted(self, fmt: Any, N: int, K: int) -> WeightFormat:
+        """What a weight [N, K] gets where the group size was left to us: `fmt`, or the next that fits."""
+        return fmt  # type: ignore[no-any-return]
 
     def parse(self, text: str, common: Mapping[str, Any]) -> WeightFormat | None:
         """The format of a rule on the command line; None where it is written in another way.
@@ -38,9 +47,11 @@ class Formats(Protocol):
             text: as `written` says.
             common: the arguments for all layers, where they were given.
         """
+        raise NotImplementedError
 
     def label(self, options: Mapping[str, Any]) -> str:
         """What a stage's label says of them: " 4 bits"."""
+        return ""
 
 
 def check_held(fmt: WeightFormat, argument: str) -> None:
@@ -58,7 +69,7 @@ def check_held(fmt: WeightFormat, argument: str) -> None:
 
 
 @dataclass(frozen=True)
-class IntFormats:
+class IntFormats(Formats):
     """Integer codes with a scale, and perhaps a zero point, per group or row: `QuantFormat`."""
 
     rule: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric")
@@ -69,6 +80,13 @@ class IntFormats:
         fmt = QuantFormat(bits, 128 if group_size == "auto" else group_size, symmetric)
         check_held(fmt, "bits")
         return fmt
+
+    def fitted(self, fmt: QuantFormat, N: int, K: int) -> QuantFormat:
+        """See `Formats`: groups of 64 or 32 in place of 128, else one scale per row."""
+        if fmt.misfit(N, K) is None:
+            return fmt
+        size = next((size for size in _SMALLER if K % size == 0), None)
+        return dataclasses.replace(fmt, group_size=size)
 
     def parse(self, text: str, common: Mapping[str, Any]) -> QuantFormat | None:
         """See `Formats`; -1 is one scale per row."""
@@ -85,7 +103,7 @@ class IntFormats:
 
 
 @dataclass(frozen=True)
-class TableFormats:
+class TableFormats(Formats):
     """Codes into one of bitsandbytes' tables, in blocks of the flattened weight: `LutFormat`.
 
     Attributes:
@@ -116,7 +134,3 @@ class TableFormats:
         """See `Formats`."""
         width, _, size = text.partition(":")
         return LutFormat(self.table, int(size)) if width == "4" and size.isdigit() else None
-
-    def label(self, options: Mapping[str, Any]) -> str:
-        """See `Formats`."""
-        return ""

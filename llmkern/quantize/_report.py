@@ -42,6 +42,7 @@ class QuantizeReport:
         tokens: calibration tokens, windows * window; 0 for a method that needs none.
         window: tokens per calibration window.
         layers: one line per quantized layer, in the order of the work.
+        notes: what to know of the result, one sentence each.
         dense: why each layer inside the blocks that stayed dense did so, by full name.
         seconds: in all, calibration included; of a resumed run, also those that led to the last block
             that it found finished.
@@ -52,6 +53,7 @@ class QuantizeReport:
     tokens: int = 0
     window: int = 0
     layers: list[QuantizedLayer] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 

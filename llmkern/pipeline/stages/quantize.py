@@ -10,7 +10,7 @@ from llmkern.formats import FORMATS, WeightFormat
 from llmkern.pipeline._options import check_names, class_options, driver_options
 from llmkern.pipeline.stages._stage import GIVEN, SOURCE, STATE, Context, Stage
 from llmkern.quantize import METHODS, QuantizeMethod, quantize
-from llmkern.quantize._driver import check_formats, plan_formats
+from llmkern.quantize._driver import check_formats, plan_formats, size_notes
 
 _COMMON = {"bits": 4, "group_size": "auto", "symmetric": True}
 
@@ -100,10 +100,11 @@ class Quantize(Stage[QuantizeMethod]):
 
     def plan(self, before: Shapes, original: Shapes, found: Findings) -> Shapes:
         after = before.dense()
-        plan, dense = plan_formats(
-            self.kind, after.model, self._chosen(), self._formats(), values=False
-        )
-        for name, fmt in plan.items():
+        default, rules = self._chosen(), self._formats()
+        auto = self.options.get("group_size", "auto") == "auto"
+        plan, dense = plan_formats(self.kind, after.model, default, rules, auto=auto, values=False)
+        found.notes += size_notes(after.model, default, plan, rules)
+        for name, fmt in plan.items() if not auto else ():
             _doubtful(name, fmt, after, found)
         found.left_alone(after.model, dense)
         after.formats = plan
