@@ -39,7 +39,7 @@ from llmkern.prune._report import WidthReport
 from llmkern.prune._scores import activation, has_bias, magnitude, output_loss
 from llmkern.prune._unit_plan import Scores, find_layers, input_statistic, plan_widths
 from llmkern.prune._widths import Layer
-from llmkern.prune.recovery import recover, recovery_journal, recovery_nbytes
+from llmkern.prune.recovery import recover_job, recovery_journal, recovery_nbytes
 
 # Matrices [K, K] in float32 that live at once while columns are removed: H filled, centred, permuted, its
 # inverse, the part that stays and its factor.
@@ -124,15 +124,7 @@ def _prune_units(job: PruneJob, layers: list[Layer], scores: Scores) -> None:
         set_widths(model, plan.per_block)
     else:
         set_width(model, plan.overrides)
-    if options.recovery != "none":
-        report.recovery_loss = recover(
-            model,
-            job.windows(),
-            options,
-            batch_size=job.data.batch_size,
-            seed=job.data.seed,
-            journal=job.journal,
-        )
+    recover_job(job)
 
 
 def narrower(job: PruneJob, kinds: Sequence[str], shapes: Shapes, found: Findings) -> Shapes:

@@ -28,7 +28,7 @@ from llmkern.masks import rename_recorded
 from llmkern.models import find_blocks, keep_blocks
 from llmkern.prune._method import PruneJob, PruneMethod, PruneWork
 from llmkern.prune._options import SizeOptions, one_of
-from llmkern.prune.recovery import recover, recovery_journal, recovery_nbytes
+from llmkern.prune.recovery import recover_job, recovery_journal, recovery_nbytes
 
 CRITERIA = ("cosine", "perplexity")
 
@@ -204,15 +204,7 @@ class _Work(PruneWork):
             rename_recorded(model, new)
         job.report.removed_blocks = sorted(removed)
         job.report.notes.append(f"{total - count} of {total} decoder blocks stay")
-        if options.recovery != "none":
-            job.report.recovery_loss = recover(
-                model,
-                job.windows(),
-                options,
-                batch_size=job.data.batch_size,
-                seed=job.data.seed,
-                journal=job.journal,
-            )
+        recover_job(job)
 
 
 METHOD = PruneMethod(

@@ -17,12 +17,26 @@ from llmkern.drive.shapes import F32
 from llmkern.masks import MaskedParameters, pruned_layers
 from llmkern.models import block_linears, evaluation_mode, find_blocks, float32_parameters
 from llmkern.models.linears import is_conv1d
+from llmkern.prune._method import PruneJob
 from llmkern.prune._options import RecoveryOptions
 from llmkern.train import TrainOptions, fit
 
 _WARMUP = 0.1
 _CHECKPOINTS = 10  # of a training, where a journal is kept
 _RATES = {"lora": 1e-4, "full": 1e-5}
+
+
+def recover_job(job: PruneJob) -> None:
+    """`recover` what a method has pruned, where its options ask for it."""
+    if job.options.recovery != "none":
+        job.report.recovery_loss = recover(
+            job.model,
+            job.windows(),
+            job.options,
+            batch_size=job.data.batch_size,
+            seed=job.data.seed,
+            journal=job.journal,
+        )
 
 
 def recover(
