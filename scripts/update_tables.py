@@ -223,12 +223,15 @@ def _ratio(value: float | None) -> str:
 
 
 def methods_table() -> str:
-    """Every method of every driver, with what it says of itself."""
-    table = Table("", "method", "", box=box.MARKDOWN)
+    """Every method of every driver, with what it says of itself and needs by default."""
+    table = Table("", "method", "", "needs", box=box.MARKDOWN)
     for driver in ("prune", "quantize", "distill"):
         label = f"`{driver}`"
         for method in importlib.import_module(f"llmkern.{driver}").METHODS:
-            table.add_row(label, f"`{method.name}`", method.about)
+            # Students learn from text or from prompts: there is no default to ask.
+            work = getattr(method, "work", None)
+            needs = "" if work is None else str(work.needs(method.options()))
+            table.add_row(label, f"`{method.name}`", method.about, needs)
             label = ""
     return _render(table)
 

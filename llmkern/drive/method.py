@@ -27,6 +27,10 @@ class Needs:
     tokens: bool = False
     gradients: bool = False
 
+    def __str__(self) -> str:
+        needs = [name for name in ("tokens", "gradients") if getattr(self, name)]
+        return ", ".join(needs) or "nothing"
+
 
 class MethodWork:
     """What a method does to a model, as far as it can be told before: the part of it that is planned.
@@ -58,7 +62,7 @@ class Method:
 
     Attributes:
         name: how it is asked for.
-        about: one line for people: what it does, and what it needs.
+        about: one line for people: what it does.
         options: frozen dataclass of its options, which checks them when it is made; its docstring has a
             line on each, of which commands make their help.
         compared: rows of `llmkern compare`: options of the driver by label.

@@ -45,7 +45,7 @@ def _layer(layer: Layer, options: MagnitudeOptions) -> PrunedWeight:
 
 METHOD = PruneMethod(
     name="magnitude",
-    about="single weights: the smallest absolute values go, without data",
+    about="single weights: the smallest absolute values go",
     options=MagnitudeOptions,
     amounts=("sparsity", "pattern"),
     work=SingleWeights(_layer),

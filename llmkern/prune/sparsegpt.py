@@ -90,7 +90,7 @@ def _layer(layer: Layer, options: SparseGptOptions) -> PrunedWeight:
 
 METHOD = PruneMethod(
     name="sparsegpt",
-    about="single weights: each removed weight's error is pushed onto the ones that stay (calibrates)",
+    about="single weights: each removed weight's error is pushed onto the ones that stay",
     options=SparseGptOptions,
     amounts=("sparsity", "pattern"),
     work=SingleWeights(_layer, HessianStatistic),

@@ -69,7 +69,7 @@ def _layer(layer: Layer, options: WandaOptions) -> PrunedWeight:
 
 METHOD = PruneMethod(
     name="wanda",
-    about="single weights: absolute value times the norm of its input, without an update (calibrates)",
+    about="single weights: absolute value times the norm of its input, without an update",
     options=WandaOptions,
     amounts=("sparsity", "pattern"),
     work=SingleWeights(_layer, ActivationNormStatistic),

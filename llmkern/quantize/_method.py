@@ -89,7 +89,7 @@ class QuantizedWeight:
             layer.bias,
             bits=fmt.bits,
             group_size=fmt.group_size,
-            dtype=layer.weight.dtype,
+            dtype=layer.module.get_parameter("weight").dtype,
         )
         return packed.train(layer.module.training)
 

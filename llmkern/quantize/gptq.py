@@ -117,7 +117,7 @@ def _layer(layer: Layer, options: GptqOptions) -> QuantizedWeight:
 
 METHOD = QuantizeMethod(
     name="gptq",
-    about="each column's rounding error is pushed onto the columns still to be rounded (calibrates)",
+    about="each column's rounding error is pushed onto the columns still to be rounded",
     options=GptqOptions,
     formats=IntFormats(),
     work=EachLinear(_layer, HessianStatistic),

@@ -53,7 +53,7 @@ def _layer(layer: Layer, options: RtnOptions) -> QuantizedWeight:
 
 METHOD = QuantizeMethod(
     name="rtn",
-    about="every weight to the nearest point of its group's grid, without data",
+    about="every weight to the nearest point of its group's grid",
     options=RtnOptions,
     formats=IntFormats(),
     work=EachLinear(_layer),

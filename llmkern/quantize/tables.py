@@ -38,5 +38,5 @@ def _method(table: str, about: str) -> QuantizeMethod:
     )
 
 
-NF4 = _method("nf4", "bitsandbytes' table of normal quantiles, without data")
-FP4 = _method("fp4", "bitsandbytes' 4-bit floats, without data")
+NF4 = _method("nf4", "bitsandbytes' table of normal quantiles")
+FP4 = _method("fp4", "bitsandbytes' 4-bit floats")
