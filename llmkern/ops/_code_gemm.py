@@ -172,7 +172,7 @@ def launch_cuda(
         config = select(M, N, K, _backends.cuda_capability(out.device))
         if config.tier == "dense" or call.x.dtype == torch.float32:
             assert dequantize_rows is not None
-            return _multiply_dense(call.x, call.bias, out, dequantize_rows)
+            return multiply_dense(call.x, call.bias, out, dequantize_rows, DENSE_BYTES)
         if call.x.data_ptr() % 16 or call.x.stride(0) % 8:
             # It is copied in 16-byte pieces.
             call = call._replace(x=call.x.clone(memory_format=torch.contiguous_format))
@@ -192,12 +192,16 @@ def launch_cuda(
     )
 
 
-def _multiply_dense(
-    x: Tensor, bias: Tensor | None, out: Tensor, dequantize_rows: Callable[[int, int], Tensor]
+def multiply_dense(
+    x: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    dequantize_rows: Callable[[int, int], Tensor],
+    nbytes: int,
 ) -> None:
-    """Large M, and float32 x, over the cuda layout: pieces of the weight that stay in L2."""
+    """Multiply with pieces of the dense weight, `nbytes` at a time, so that they stay in a cache."""
     N, K = out.shape[1], x.shape[1]
-    step = max(1, DENSE_BYTES // max(1, CHUNK_ROWS * K * x.element_size())) * CHUNK_ROWS
+    step = max(1, nbytes // max(1, CHUNK_ROWS * K * x.element_size())) * CHUNK_ROWS
     for first in range(0, N, step):
         last = min(first + step, N)
         w, piece = dequantize_rows(first, last), out[:, first:last]

@@ -18,6 +18,7 @@ from llmkern.ops._code_gemm import (
     check_product,
     launch_cpu,
     launch_cuda,
+    multiply_dense,
     multiply_rows,
     refuse_cpu,
     register_product,
@@ -31,7 +32,7 @@ from llmkern.ops._int4_weight import (
     refuse_triton_weight,
     weight_shape,
 )
-from llmkern.ops._library import pointer
+from llmkern.ops._library import kernels, pointer
 from llmkern.ops._w4a16_config import CHUNK_ROWS, Chunks
 from llmkern.ops.dequantize_int4 import dequantize_int4
 from llmkern.reference.w4a16_gemm import w4a16_gemm as _reference
@@ -57,6 +58,13 @@ class Call(NamedTuple):
 
 ACTIVATIONS = ("float", "int8")
 
+# Rows of x, in float32 and in 16 bits, from which a dense copy of the weight and the library's float32
+# product take less time than a kernel without dot products of bytes: about where the two cross for N = K
+# = 4096, on a Zen 4 held to these instruction sets. With its own our kernel wins at every M.
+_DENSE_ROWS = {"portable": (16, 16), "avx2": (64, 128), "avx512": (256, 1024)}
+# Of one piece of that copy: what a core's L2 and its share of L3 hold.
+_DENSE_BYTES = 4 << 20
+
 
 def _refuse_int8(activation: str) -> str | None:
     return None if activation == "float" else f"activation {activation!r} is served on the CPU only"
@@ -75,7 +83,34 @@ def _weight(call: Call, zeros: int) -> dict[str, Any]:
 
 
 def _launch_cpu(call: Call, out: Tensor) -> None:
+    rows = _DENSE_ROWS.get(kernels("_cpu").isa())
+    if rows and len(out) >= rows[call.x.dtype != torch.float32] and call.activation == "float":
+        return _multiply_dense(call, out)
     launch_cpu("w4a16_gemm", _weight(call, pointer(call.zeros)), call, out)
+
+
+def _multiply_dense(call: Call, out: Tensor) -> None:
+    """By the library, in float32."""
+    qweight, scales, zeros = call.qweight, call.scales, call.zeros
+    canonical = call.layout == "canonical"
+
+    def dequantize_rows(first: int, last: int) -> Tensor:
+        if canonical:
+            weight = qweight[first:last], scales[first:last]
+            points = None if zeros is None else zeros[first // 8 : -(-last // 8)]
+        else:
+            blocks = slice(first // CHUNK_ROWS, -(-last // CHUNK_ROWS))
+            weight = qweight[blocks], scales[:, first:last].contiguous()
+            points = None if zeros is None else zeros[:, first:last].contiguous()
+        return dequantize_int4(
+            *weight, points, group_size=call.group_size, dtype=torch.float32, layout=call.layout
+        )
+
+    bias = None if call.bias is None else call.bias.float()
+    y = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    multiply_dense(call.x.float(), bias, y, dequantize_rows, _DENSE_BYTES)
+    if y is not out:
+        out.copy_(y)
 
 
 def _launch_reference(call: Call, out: Tensor) -> None:
@@ -164,7 +199,9 @@ def w4a16_gemm(
     On the CPU kernels a row of y depends on nothing but its row of x and the weight: not on M, the
     number of threads or the instruction set; except that bfloat16 x is summed in float32 with AMX, from
     five rows on (a row of y is the same for every such M), and by the bfloat16 dot products of AMD's CPUs
-    (zen4: the same for every M). A NaN or Inf in a row of x stays in that row of y.
+    (zen4: the same for every M). Without dot products of bytes many rows (AVX2: 64 in float32, 128 in 16
+    bits; AVX-512: 256 and 1024; else 16) are multiplied in float32 by torch, with a dense copy of a part
+    of the weight at a time. A NaN or Inf in a row of x stays in that row of y.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], any leading shape; K a multiple of 32.

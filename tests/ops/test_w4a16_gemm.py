@@ -1,5 +1,6 @@
 """w4a16_gemm on the CPU: every instruction set, layout and dtype against float64; then the op itself."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +19,7 @@ from llmkern.testing import assert_matches, random_int4_weight, relative_error
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ISAS = compiled_module("_cpu")[0].isas()
+OP = sys.modules["llmkern.ops.w4a16_gemm"]  # the name in the package is the function's
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def exact(x, w, bias):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matches_float64_in_both_layouts(backend, case, dtype):
+def test_matches_float64_in_both_layouts(backend, case, dtype, monkeypatch):
+    monkeypatch.setattr(OP, "_DENSE_ROWS", {})  # the kernel, however many rows there are
     x, weight, bias, w = make(case, dtype)
     y = w4a16_gemm(x, *weight, bias, group_size=case.group_size)
     assert_matches(y, exact(x, w, bias), F.linear(x, w.to(dtype), bias))
@@ -164,12 +167,13 @@ def test_leading_dimensions_are_kept(backend):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_row_depends_on_nothing_but_itself(isa, dtype):
+def test_a_row_depends_on_nothing_but_itself(isa, dtype, monkeypatch):
     """Not on M, its neighbours, the threads, the layout or the instruction set.
 
     Rows of bfloat16 x are summed in another way on AMX, from five on, and by bfloat16 dot products:
-    those tiers have bits of their own.
+    those tiers have bits of their own. What torch multiplies is left out.
     """
+    monkeypatch.setattr(OP, "_DENSE_ROWS", {})
     case = Case(200, 256, 512, 128, symmetric=False, bias=True)
     x, weight, bias, _ = make(case, dtype)
     packed = to_cpu_layout(*weight, 128)
@@ -192,6 +196,31 @@ def test_a_row_depends_on_nothing_but_itself(isa, dtype):
     finally:
         cpu.set_isa(before)
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("layout", ["canonical", "cpu"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_many_rows_without_byte_dot_products_match_float64(dtype, symmetric, layout, monkeypatch):
+    cpu = compiled_module("_cpu")[0]
+    before = cpu.isa()
+    launched = []
+    monkeypatch.setattr(OP, "launch_cpu", lambda *args: launched.append(args))
+    monkeypatch.setattr(OP, "_DENSE_BYTES", 64 * 512 * 4)  # pieces of 64 rows; the last has 6
+    try:
+        for isa in set(OP._DENSE_ROWS) & set(cpu.isas()):
+            cpu.set_isa(isa)
+            rows = OP._DENSE_ROWS[isa][dtype != F32]
+            case = Case(rows, 134, 512, 128, symmetric=symmetric, bias=True)
+            x, weight, bias, w = make(case, dtype, layout)
+            y = w4a16_gemm(x, *weight, bias, group_size=128, layout=layout)
+            assert_matches(y, exact(x, w, bias), F.linear(x, w.to(dtype), bias))
+            assert not launched
+            w4a16_gemm(x[1:], *weight, bias, group_size=128, layout=layout)
+            assert len(launched) == 1
+            launched.clear()
+    finally:
+        cpu.set_isa(before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
