@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmkern.models import evaluation_mode
+from llmkern.models import compute_dtype, computing_in, evaluation_mode
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -35,7 +35,12 @@ def only_trained(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[
 
 
 def loss_gradients(
-    model: nn.Module, parameters: Sequence[nn.Parameter], windows: Tensor, *, squares: bool
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    windows: Tensor,
+    *,
+    squares: bool,
+    compute: str = "auto",
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Mean of the gradient over windows, and of its square: the Fisher information's diagonal.
 
@@ -44,13 +49,20 @@ def loss_gradients(
         parameters: whose gradients are wanted, each once.
         windows: int64 [n, seq_len], one backward pass each.
         squares: take the mean squares, too.
+        compute: dtype that the model is run in, see `llmkern.models.compute_dtype`.
 
     Returns:
         By `id` of the parameter, float32 of its shape: the means, and the mean squares or nothing.
     """
     total = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in parameters}
     fisher = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in parameters if squares}
-    with only_trained(model, parameters), evaluation_mode(model), torch.enable_grad():
+    dtype = compute_dtype(model, compute)
+    with (
+        computing_in(model, dtype),
+        only_trained(model, parameters),
+        evaluation_mode(model),
+        torch.enable_grad(),
+    ):
         for window in windows:
             loss = next_token_loss(model, window[None].to(parameters[0].device))
             torch.autograd.backward(loss)

@@ -6,14 +6,14 @@
         hidden = block(hidden)    # overwrites the stored hidden states, batch by batch
 
 It sees one block, what flows into it and the statistics it asks for, never the model. Held
-beyond the model: the hidden states of all windows, once (tokens * width * bytes of the model's
-dtype), and the statistics that it holds on to.
+beyond the model: the hidden states of all windows, once (tokens * width * bytes of the dtype that is
+computed in), one block in that dtype, and the statistics that it holds on to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.calibrate.statistics import Statistic
-from llmkern.models import block_linears, evaluation_mode, find_blocks
+from llmkern.models import (
+    block_linears,
+    cast_floats,
+    compute_dtype,
+    computing_in,
+    evaluation_mode,
+    find_blocks,
+)
 
 _S = TypeVar("_S", bound=Statistic)
 
@@ -46,7 +53,8 @@ class HiddenStates:
     """Hidden states of all calibration windows at one depth of the model.
 
     Attributes:
-        hidden: [n, seq_len, width] in the model's dtype; overwritten in place by `advance`.
+        hidden: [n, seq_len, width] in the dtype that blocks are run in; overwritten in place by
+            `advance`.
     """
 
     def __init__(self, hidden: Tensor, batches: list[slice], calls: list[list[_Call]]) -> None:
@@ -67,14 +75,20 @@ class HiddenStates:
         call = self._calls[index][batch]
         # A copy: a block that changes its input in place must find it unchanged in the next pass.
         x = self.hidden[self._batches[batch]].clone()
-        if call.keyword is None:
-            return _first(block(x, *call.args, **call.kwargs))
-        return _first(block(*call.args, **{call.keyword: x}, **call.kwargs))
+        with self.computing(block):
+            if call.keyword is None:
+                return _first(block(x, *call.args, **call.kwargs))
+            return _first(block(*call.args, **{call.keyword: x}, **call.kwargs))
+
+    def computing(self, block: nn.Module) -> AbstractContextManager[None]:
+        """Around several runs of a block, so that its weights are cast once; see `computing_in`."""
+        return computing_in(block, self.hidden.dtype)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the output of `block`."""
-        for batch, rows in enumerate(self._batches):
-            self.hidden[rows] = self.run(index, block, batch)
+        with self.computing(block):
+            for batch, rows in enumerate(self._batches):
+                self.hidden[rows] = self.run(index, block, batch)
 
     def read(self, journal: Keeper) -> None:
         """Replace the hidden states by those that a journal has kept."""
@@ -168,7 +182,7 @@ class Block:
             if once and not missing:
                 raise _Reached
 
-        with _on_inputs(linears, update):
+        with _on_inputs(linears, update), self.states.computing(self.module):
             for batch in range(self.states.batches()):
                 seen.clear()
                 missing.update(owner)
@@ -185,6 +199,7 @@ def walk(
     on_block: Callable[[Block], None],
     *,
     batch_size: int = 8,
+    compute: str = "auto",
     journal: Keeper | None = None,
 ) -> None:
     """Call `on_block` on every decoder block of `model`, in order, on the outputs of the one before.
@@ -197,12 +212,13 @@ def walk(
         tokens: int64 [n, seq_len], the calibration windows.
         on_block: called with each `Block`.
         batch_size: windows per forward.
+        compute: dtype that the blocks are run in, see `llmkern.models.compute_dtype`.
         journal: keeps each block after its turn, and the hidden states that leave it; blocks that it
             holds already are put back, and `on_block` is not called for them.
 
     Raises:
         ValueError: `tokens` is no int64 matrix or empty, the blocks were not found or not run, or
-            batch_size is not positive.
+            batch_size is not positive, or `compute` is no dtype to run the model in.
     """
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise ValueError(
@@ -211,12 +227,13 @@ def walk(
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     blocks = find_blocks(model)
+    dtype = compute_dtype(model, compute)
     with torch.no_grad(), evaluation_mode(model):
         done = 0 if journal is None else journal.restore(blocks.modules)
         last = len(blocks) - 1
         if done > last:
             return
-        states = capture_inputs(model, blocks.modules, tokens, batch_size)
+        states = capture_inputs(model, blocks.modules, tokens, batch_size, dtype)
         if journal is not None and done:
             states.read(journal)
         for index, (name, module) in list(enumerate(blocks.items()))[done:]:
@@ -250,13 +267,18 @@ def visit(
 
 
 def capture_inputs(
-    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: int
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    batch_size: int,
+    dtype: torch.dtype | None = None,
 ) -> HiddenStates:
     """What enters the first block, and the other arguments (masks, positions) of every block.
 
     The model's own forward runs with its blocks turned into the identity, so that it costs the
     embedding only, while each block's arguments are those that the model gives it: they differ
-    between blocks where sliding and full attention alternate.
+    between blocks where sliding and full attention alternate. 16-bit tensors are cast to `dtype`, if
+    one is given.
     """
     calls: list[list[_Call]] = [[] for _ in blocks]
     inputs: list[Tensor] = []
@@ -273,6 +295,10 @@ def capture_inputs(
                 wrap.append(_like(original(*args, **kwargs)))
             if index == 0:
                 inputs.append(x)
+            if dtype is not None:
+                call = _Call(
+                    cast_floats(call.args, dtype), cast_floats(call.kwargs, dtype), call.keyword
+                )
             calls[index].append(_share(call, calls[index - 1], calls[index]))
             return wrap[0](x)
 
@@ -293,7 +319,8 @@ def capture_inputs(
                     f"{type(model).__name__}, expected once"
                 )
             if hidden is None:
-                hidden = inputs[0].new_empty(len(tokens), *inputs[0].shape[1:])
+                shape = len(tokens), *inputs[0].shape[1:]
+                hidden = inputs[0].new_empty(shape, dtype=dtype or inputs[0].dtype)
             hidden[rows] = inputs[0]
     if hidden is None or any(len(block_calls) != len(batches) for block_calls in calls):
         raise ValueError(f"model: {type(model).__name__} does not run each of its blocks once")

@@ -121,6 +121,7 @@ class LayerRun:
         progress: shown.
         windows: calibration, int64 [n, seq_len]; None where the method reads none.
         batch_size: windows per forward.
+        compute_dtype: that blocks are run in.
         journal: keeps finished blocks; None: nothing does.
     """
 
@@ -131,6 +132,7 @@ class LayerRun:
     progress: Progress
     windows: Tensor | None = None
     batch_size: int = 8
+    compute_dtype: str = "auto"
     journal: Journal | None = None
 
     @property
@@ -166,7 +168,14 @@ class LayerRun:
     def walk(self, on_block: Callable[[Block], None]) -> None:
         """Through the blocks, each fed with the output of the changed ones before it."""
         assert self.windows is not None
-        walk(self.model, self.windows, on_block, batch_size=self.batch_size, journal=self.journal)
+        walk(
+            self.model,
+            self.windows,
+            on_block,
+            batch_size=self.batch_size,
+            compute=self.compute_dtype,
+            journal=self.journal,
+        )
 
     def visit(self, on_block: Callable[[int, str, nn.Module], None]) -> None:
         """Through the blocks, without data."""
@@ -394,7 +403,11 @@ class ByGradient(LayerWork):
         weights = {n: run.model.get_submodule(n).get_parameter("weight") for n in run.plan}
         run.progress.say("gradients")
         means, squares = loss_gradients(
-            run.model, list(weights.values()), run.windows[:count], squares=True
+            run.model,
+            list(weights.values()),
+            run.windows[:count],
+            squares=True,
+            compute=run.compute_dtype,
         )
 
         def taken(name: str) -> Gradient:

@@ -21,12 +21,15 @@ class DataOptions:
         seq_len: tokens per window; None takes a tensor's own width, else 512.
         seed: of the choice of windows.
         batch_size: windows per forward.
+        compute_dtype: that blocks are run in; "auto": float32 where the processor multiplies the model's
+            own dtype slowly.
     """
 
     samples: int = 128
     seq_len: int | None = None
     seed: int = 0
     batch_size: int = 8
+    compute_dtype: str = "auto"
 
 
 def find_method(methods: Sequence[_M], name: str) -> _M:

@@ -9,15 +9,17 @@ top1_agreement  fraction of them where both find the same token most likely
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import dtype_name
 from llmkern.calibrate.data import Source, load_tokens
 from llmkern.evaluate.speed import speeds, weight_bytes
-from llmkern.models import evaluation_mode
+from llmkern.models import compute_dtype, computing_in, evaluation_mode
 
 # Logits are turned into float32 log-probabilities this many elements at a time (64 MiB).
 _CHUNK = 1 << 24
@@ -37,6 +39,7 @@ class Evaluation:
         decode_tokens_per_s: greedy decoding with a cache, batch 1, median; None likewise.
         tokens: tokens that were fed in, windows * window.
         window: tokens per window.
+        compute_dtype: that logits were computed in.
     """
 
     perplexity: float
@@ -47,11 +50,12 @@ class Evaluation:
     decode_tokens_per_s: float | None
     tokens: int
     window: int
+    compute_dtype: str
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, the protocol apart."""
         fields = asdict(self)
-        protocol = {"tokens": fields.pop("tokens"), "window": fields.pop("window")}
+        protocol = {name: fields.pop(name) for name in ("tokens", "window", "compute_dtype")}
         return {**fields, "protocol": protocol}
 
 
@@ -64,6 +68,7 @@ def evaluate(
     reference: nn.Module | None = None,
     batch_size: int = 4,
     speed: bool = True,
+    compute_dtype: str = "auto",
     progress: bool = False,
 ) -> Evaluation:
     """Measure `model` on `data`.
@@ -77,7 +82,9 @@ def evaluate(
         seq_len: tokens per window; by default a tensor's own width, else 512.
         reference: the model that `model` was made from, with the same vocabulary.
         batch_size: windows per forward.
-        speed: measure prefill and decoding too.
+        speed: measure prefill and decoding too, in the model's own dtype.
+        compute_dtype: that logits are computed in; "auto": float32 where the processor multiplies the
+            model's own dtype slowly and there is memory for a copy, else its own.
         progress: show a progress bar.
 
     Raises:
@@ -89,9 +96,11 @@ def evaluate(
     windows = load_tokens(data, model, tokenizer, seq_len=seq_len)
     models = [model] if reference is None else [model, reference]
     totals = torch.zeros(3, dtype=torch.float64)
+    dtypes = compute_dtypes(models, compute_dtype)
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(models[-1]):
-        for batch in _bar(torch.split(windows, batch_size), progress):
-            totals += _score(batch, *models)
+        with computing_in(model, dtypes[0]), computing_in(models[-1], dtypes[-1]):
+            for batch in _bar(torch.split(windows, batch_size), progress):
+                totals += _score(batch, *models)
         rates = speeds(model, windows[:1]) if speed else (None, None)
     predicted = len(windows) * (windows.shape[1] - 1)
     nll, kl, agreed = (totals / predicted).tolist()
@@ -104,7 +113,23 @@ def evaluate(
         decode_tokens_per_s=rates[1],
         tokens=windows.numel(),
         window=windows.shape[1],
+        compute_dtype=dtype_name(dtypes[0]),
     )
+
+
+def compute_dtypes(models: Sequence[nn.Module], asked: str = "auto") -> list[torch.dtype]:
+    """The dtypes to run whole models in beside one another; see `llmkern.models.compute_dtype`.
+
+    With "auto" it is their own where memory is short: the copies may take half of what is free.
+    """
+    import psutil
+
+    dtypes = [compute_dtype(model, asked) for model in models]
+    if asked == "auto":
+        halves = sum(p.numel() for m in models for p in m.parameters() if p.dtype.itemsize == 2)
+        if 4 * halves > psutil.virtual_memory().available // 2:
+            return [next(model.parameters()).dtype for model in models]
+    return dtypes
 
 
 def _bar(batches: tuple[Tensor, ...], progress: bool) -> Any:

@@ -11,6 +11,7 @@ from llmkern.models.blocks import (
     text_config,
     vocabulary_size,
 )
+from llmkern.models.compute import cast_floats, compute_dtype, compute_note, computing_in
 from llmkern.models.resize import (
     adopt_settings,
     changed_config,
@@ -34,7 +35,11 @@ __all__ = [
     "adopt_settings",
     "block_linears",
     "cache_name",
+    "cast_floats",
     "changed_config",
+    "compute_dtype",
+    "compute_note",
+    "computing_in",
     "context_length",
     "evaluation_mode",
     "find_blocks",

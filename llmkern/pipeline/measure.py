@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.evaluate import evaluate, next_token_logits, score_logits
-from llmkern.models import evaluation_mode, find_blocks, text_config
+from llmkern.evaluate import compute_dtypes, evaluate, next_token_logits, score_logits
+from llmkern.models import computing_in, evaluation_mode, find_blocks, text_config
 from llmkern.nn import is_packed
 
 NEW_TOKENS = 64
@@ -115,7 +115,14 @@ def sensitivity(
     costs = dict.fromkeys((name for name, _ in blocks.items()), 0.0)
     predicted = len(windows) * (windows.shape[1] - 1)
     own = list(blocks.modules)
-    with torch.no_grad(), evaluation_mode(before), evaluation_mode(after):
+    dtypes = compute_dtypes([before, after])
+    with (
+        torch.no_grad(),
+        evaluation_mode(before),
+        evaluation_mode(after),
+        computing_in(before, dtypes[0]),
+        computing_in(after, dtypes[1]),
+    ):
         for batch in torch.split(windows, batch_size):
             want = next_token_logits(before, batch)
             for index, name in enumerate(costs):

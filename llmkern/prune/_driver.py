@@ -69,7 +69,7 @@ def prune(
             one that `checkpoint` holds, with the same bits as without the interruption. What a method
             finds out beforehand (outliers, costs, gradients, which blocks go) it finds out again.
         options: those of the method (see its dataclass in `llmkern.prune`), and those of
-            `DataOptions`: samples, seq_len, seed, batch_size.
+            `DataOptions`: samples, seq_len, seed, batch_size, compute_dtype.
 
     Returns:
         The report: per layer its zeros, loss, damping and time; what was kept and why.

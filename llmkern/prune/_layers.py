@@ -121,6 +121,7 @@ class SingleWeights(PruneWork):
                 progress=progress,
                 windows=None if statistic is None else job.windows(),
                 batch_size=job.data.batch_size,
+                compute_dtype=job.data.compute_dtype,
                 journal=job.journal,
             )
             EachLinear(self.function, statistic).run(run)

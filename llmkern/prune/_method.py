@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import dtype_name
 from llmkern.calibrate import load_windows
 from llmkern.calibrate.data import Source
 from llmkern.drive import DataOptions, Findings, Journal, Method, MethodWork, Shapes, open_journal
+from llmkern.models import compute_dtype, compute_note
 from llmkern.prune._amount import Amount
 from llmkern.prune._report import PruneReport
 
@@ -64,7 +67,12 @@ class PruneJob:
             )
             self.report.tokens = self._windows.numel()
             self.report.window = self._windows.shape[1]
+            note = compute_note(self.model, self._compute_dtype())
+            self.report.notes += [] if note is None else [note]
         return self._windows
+
+    def _compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.model, self.data.compute_dtype)
 
     def open_journal(self, *, calibrated: bool) -> None:
         """Open the journal that was asked for; before the model is changed.
@@ -83,6 +91,7 @@ class PruneJob:
             "rules": {glob: None if v is None else str(v) for glob, v in self.rules.items()},
             "batch_size": self.data.batch_size if calibrated else None,
             "seed": self.data.seed if calibrated else None,
+            "compute_dtype": dtype_name(self._compute_dtype()) if calibrated else None,
         }
         self.journal = open_journal(
             self.model,

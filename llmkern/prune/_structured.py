@@ -116,6 +116,7 @@ def _prune_units(job: PruneJob, layers: list[Layer], scores: Scores) -> None:
                 job.windows(),
                 lambda block: thinner(block.index, block.module, block),
                 batch_size=job.data.batch_size,
+                compute=job.data.compute_dtype,
                 journal=job.journal,
             )
         else:

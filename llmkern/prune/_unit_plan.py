@@ -202,7 +202,7 @@ def _costs(job: PruneJob, layers: list[Layer], scores: Scores | None) -> Scores:
             energy = output_loss(weight, torch.zeros_like(weight), H)[0]
             costs[layer.name] = cost / energy if energy > 0 else cost
 
-    walk(model, windows, measure, batch_size=job.data.batch_size)
+    walk(model, windows, measure, batch_size=job.data.batch_size, compute=job.data.compute_dtype)
     return costs
 
 

@@ -104,7 +104,13 @@ def _scores(job: PruneJob, candidates: list[int], removed: list[int]) -> dict[in
     scores = {}
     for index in left:
         with _skipping(modules, [*removed, index]):
-            result = evaluate(job.model, job.windows(), batch_size=job.data.batch_size, speed=False)
+            result = evaluate(
+                job.model,
+                job.windows(),
+                batch_size=job.data.batch_size,
+                speed=False,
+                compute_dtype=job.data.compute_dtype,
+            )
         scores[index] = result.perplexity
     return scores
 
@@ -137,7 +143,13 @@ def _influence(job: PruneJob, removed: list[int]) -> dict[int, float]:
 
     modules = find_blocks(job.model).modules
     with _skipping(modules, removed):
-        walk(job.model, job.windows(), measure, batch_size=job.data.batch_size)
+        walk(
+            job.model,
+            job.windows(),
+            measure,
+            batch_size=job.data.batch_size,
+            compute=job.data.compute_dtype,
+        )
     return influence
 
 

@@ -85,7 +85,7 @@ def allocate(
             found[block.name] = _outliers(block, groups, block.collect(groups, empty), threshold)
             members.update({f"{block.name}.{n}": block.name for group in groups for n in group})
 
-    walk(job.model, windows, count, batch_size=job.data.batch_size)
+    walk(job.model, windows, count, batch_size=job.data.batch_size, compute=job.data.compute_dtype)
     job.report.outliers = {name: block.fraction for name, block in found.items()}
     by_block = _spread(found, sparsity, spread)
     return {name: by_block[block] for name, block in members.items()}

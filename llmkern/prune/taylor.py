@@ -64,7 +64,11 @@ class TaylorOptions(WidthOptions):
 
 
 def taylor_scores(
-    model: nn.Module, layers: list[Layer], windows: Tensor, kind: str = "param_first"
+    model: nn.Module,
+    layers: list[Layer],
+    windows: Tensor,
+    kind: str = "param_first",
+    compute: str = "auto",
 ) -> Scores:
     """Importance of the units of each layer, float32 [units], by the layer's name.
 
@@ -73,6 +77,7 @@ def taylor_scores(
         layers: as `find_layers` returns them.
         windows: int64 [n, seq_len]; the loss is the mean over all.
         kind: one of `TAYLORS`.
+        compute: dtype that the model is run in, see `llmkern.models.compute_dtype`.
 
     Raises:
         ValueError: a gradient that is NaN (the layer is named).
@@ -85,7 +90,9 @@ def taylor_scores(
         for linear in (blocks[layer.block].get_submodule(name),)
     }
     trained = [p for linear in linears.values() for p in linear.parameters()]
-    total, fisher = loss_gradients(model, trained, windows, squares=kind in _SECOND)
+    total, fisher = loss_gradients(
+        model, trained, windows, squares=kind in _SECOND, compute=compute
+    )
     return {layer.name: _score(blocks[layer.block], layer, total, fisher, kind) for layer in layers}
 
 
@@ -119,7 +126,7 @@ def _score(
 def _scores(job: PruneJob, layers: list[Layer]) -> Scores:
     options = job.options
     windows = job.windows()[: options.gradient_samples]
-    return taylor_scores(job.model, layers, windows, options.taylor)
+    return taylor_scores(job.model, layers, windows, options.taylor, job.data.compute_dtype)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from llmkern._dtypes import dtype_name
 from llmkern.calibrate import load_windows
 from llmkern.calibrate.data import Source
 from llmkern.drive import (
@@ -24,6 +25,7 @@ from llmkern.drive import (
     sort_options,
 )
 from llmkern.formats import WeightFormat
+from llmkern.models import compute_dtype, compute_note
 from llmkern.models.linears import shape_of
 from llmkern.patch import winning_pattern
 from llmkern.quantize import gptq, rtn, tables
@@ -80,7 +82,7 @@ def quantize(
             one that `checkpoint` holds, with the same bits as without the interruption.
         options: those of the method (`GptqOptions`: damp, act_order, group_scales, clip_search,
             true_sequential, keep_zeros; `RtnOptions`: clip_search), and where it calibrates those of
-            `DataOptions`: samples, seq_len, seed, batch_size.
+            `DataOptions`: samples, seq_len, seed, batch_size, compute_dtype.
 
     Returns:
         The report: per layer its format, loss, damping and time; what stayed dense and why.
@@ -105,6 +107,7 @@ def quantize(
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
     report.notes += size_notes(model, default, plan, rules)
     windows: Tensor | None = None
+    dtype = compute_dtype(model, data.compute_dtype)
     if kind.work.needs(settings).tokens:
         windows = load_windows(
             calibration,
@@ -115,11 +118,14 @@ def quantize(
             seed=data.seed,
         )
         report.tokens, report.window = windows.numel(), windows.shape[1]
+        note = compute_note(model, dtype)
+        report.notes += [] if note is None else [note]
     asked = {
         "driver": "quantize",
         "method": method,
         "options": report.options,
         "batch_size": None if windows is None else data.batch_size,
+        "compute_dtype": None if windows is None else dtype_name(dtype),
         "formats": {name: repr(fmt) for name, fmt in plan.items()},
     }
     journal = open_journal(model, asked, windows, checkpoint=checkpoint, resume=resume)
@@ -131,7 +137,17 @@ def quantize(
             lines = Lines(bar, report.layers, QuantizedLayer)
             journal.note(lines.take, lines.give)
         driver = _Driver(report, bar)
-        run = LayerRun(model, settings, plan, driver, bar, windows, data.batch_size, journal)
+        run = LayerRun(
+            model,
+            settings,
+            plan,
+            driver,
+            bar,
+            windows,
+            batch_size=data.batch_size,
+            compute_dtype=data.compute_dtype,
+            journal=journal,
+        )
         kind.work.run(run)
     report.seconds = time.perf_counter() - start + (journal.seconds if journal else 0.0)
     return report

@@ -445,7 +445,9 @@ def protocol(report: PipelineReport) -> str:
     for record in report.stages:
         entry = record.evaluation.get("protocol") or {}
         if "tokens" in entry and "window" in entry:
-            return f"{entry['tokens']:,} tokens in windows of {entry['window']}; speed: batch 1, medians"
+            dtype = f", computed in {entry['compute_dtype']}" if "compute_dtype" in entry else ""
+            windows = f"{entry['tokens']:,} tokens in windows of {entry['window']}"
+            return f"{windows}{dtype}; speed: batch 1, medians"
     return ""
 
 

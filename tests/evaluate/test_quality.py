@@ -114,7 +114,7 @@ def test_report_is_ready_for_json(tokens: Tensor) -> None:
         "decode_tokens_per_s",
         "protocol",
     }
-    assert fields["protocol"] == {"tokens": 80, "window": 16}
+    assert fields["protocol"] == {"tokens": 80, "window": 16, "compute_dtype": "float32"}
     assert fields["prefill_tokens_per_s"] > 0
     assert fields["decode_tokens_per_s"] > 0
 

@@ -88,7 +88,11 @@ def test_rows_of_every_driver_start_from_the_original(data: dict[str, Any]) -> N
     assert not report.in_sequence
     rows = {record.label: record for record in report.stages}
     for label, record in rows.items():
-        assert record.evaluation["protocol"] == {"tokens": 64, "window": 16}
+        assert record.evaluation["protocol"] == {
+            "tokens": 64,
+            "window": 16,
+            "compute_dtype": "float32",
+        }
         assert (record.evaluation["kl"] is None) == (label == "original")
     # Each alone: a model of 4 bits is neither thinner nor shallower.
     whole = rows["original"].parameters

@@ -20,7 +20,7 @@ def _figures(perplexity: float, kl: float | None, memory: int, decode: float) ->
         "weight_bytes": memory,
         "prefill_tokens_per_s": 10 * decode,
         "decode_tokens_per_s": decode,
-        "protocol": {"tokens": 4096, "window": 64},
+        "protocol": {"tokens": 4096, "window": 64, "compute_dtype": "bfloat16"},
     }
 
 
