@@ -53,7 +53,9 @@ def test_quantize_eval_generate(run: Run, tmp_path: Path, tokens: Path) -> None:
     wanted = {"perplexity", "kl", "top1_agreement", "weight_bytes"}
     wanted |= {"prefill_tokens_per_s", "decode_tokens_per_s", "protocol"}
     assert wanted <= values.keys()
-    assert values["protocol"] == {"tokens": 256, "window": 64, "compute_dtype": "float32"}
+    dtype = values["protocol"].pop("compute_dtype")
+    assert dtype in ("bfloat16", "float32")  # as the processor is
+    assert values["protocol"] == {"tokens": 256, "window": 64}
     assert 0 < values["kl"] < 1
     assert values["top1_agreement"] > 0.5
     code, text, err = run("generate", out, "--prompt", "def main():", "--max-new-tokens", "8")

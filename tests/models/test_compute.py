@@ -34,7 +34,7 @@ def test_is_float32_where_the_processor_is_slow(own, asked, native, expected, mo
 
 @pytest.mark.parametrize("asked", ["bfloat16", "int8", "bf16", ""])
 def test_other_dtypes_are_refused(asked):
-    with pytest.raises(ValueError, match="compute_dtype: got .*, expected one of auto, float32"):
+    with pytest.raises(ValueError, match=r"compute_dtype: got .*, expected one of auto, float32"):
         compute_dtype(torch.nn.Linear(4, 4), asked)
 
 
@@ -49,9 +49,13 @@ def test_a_processor_without_wide_vectors_is_slow(monkeypatch):
 def test_weights_are_back_bit_for_bit_after_an_error():
     model = tiny("llama", dtype=BF16, seed=0)
     before = {name: (t.data_ptr(), t.clone()) for name, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="stop"), computing_in(model, F32):
+
+    def fail():
         assert {p.dtype for p in model.parameters()} == {F32}
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), computing_in(model, F32):
+        fail()
     for name, tensor in model.state_dict().items():
         assert (tensor.data_ptr(), tensor.dtype) == (before[name][0], BF16)
         assert torch.equal(tensor, before[name][1])
