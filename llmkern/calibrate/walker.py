@@ -61,6 +61,7 @@ class HiddenStates:
         self.hidden = hidden
         self._batches = batches
         self._calls = calls  # [blocks][batches]; equal arguments are held once
+        self._left = False
 
     def batches(self) -> int:
         """Number of batches that the windows are fed in."""
@@ -84,8 +85,16 @@ class HiddenStates:
         """Around several runs of a block, so that its weights are cast once; see `computing_in`."""
         return computing_in(block, self.hidden.dtype)
 
+    def leave(self, batch: int, output: Tensor) -> None:
+        """Replace the hidden states of one batch; all batches must follow before the next block."""
+        self.hidden[self._batches[batch]] = output
+        self._left = True
+
     def advance(self, index: int, block: nn.Module) -> None:
-        """Replace the hidden states by the output of `block`."""
+        """Replace the hidden states by the output of `block`, unless they have left it already."""
+        if self._left:
+            self._left = False
+            return
         with self.computing(block):
             for batch, rows in enumerate(self._batches):
                 self.hidden[rows] = self.run(index, block, batch)
@@ -116,13 +125,17 @@ class Block:
         name: full dotted name, e.g. "model.layers.3".
         module: the block itself; what lies inside it may be replaced.
         states: the hidden states that enter it.
+        last: nothing follows that needs its outputs.
     """
 
-    def __init__(self, index: int, name: str, module: nn.Module, states: HiddenStates) -> None:
+    def __init__(
+        self, index: int, name: str, module: nn.Module, states: HiddenStates, *, last: bool = False
+    ) -> None:
         self.index = index
         self.name = name
         self.module = module
         self.states = states
+        self.last = last
         self._calls_per_linear: dict[str, int] = {}
 
     def run(self, batch: int) -> Tensor:
@@ -153,6 +166,10 @@ class Block:
         groups = [tuple(names) for names in order.values()]
         return groups + [(name,) for name in linears if name not in calls]
 
+    def calls_each_once(self, groups: Sequence[tuple[str, ...]]) -> bool:
+        """Whether a forward calls each of these linears once, as far as `groups` has seen."""
+        return all(self._calls_per_linear.get(name) == 1 for group in groups for name in group)
+
     def collect(
         self, groups: Sequence[tuple[str, ...]], make: Callable[[tuple[str, ...]], _S]
     ) -> list[_S]:
@@ -169,7 +186,7 @@ class Block:
         owner = {name: i for i, group in enumerate(groups) for name in group}
         linears = {n: m for n, m in block_linears(self.module).items() if n in owner}
         # Where each linear is called once per forward, the block need not be run beyond the last.
-        once = all(self._calls_per_linear.get(name) == 1 for name in owner)
+        once = self.calls_each_once(groups)
         seen: dict[int, list[Tensor]] = {}
         missing: set[str] = set()
 
@@ -237,7 +254,7 @@ def walk(
         if journal is not None and done:
             states.read(journal)
         for index, (name, module) in list(enumerate(blocks.items()))[done:]:
-            on_block(Block(index, name, module, states))
+            on_block(Block(index, name, module, states, last=index == last))
             if index < last:
                 states.advance(index, module)
             if journal is not None:
@@ -309,7 +326,7 @@ def capture_inputs(
     hidden: Tensor | None = None
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(_forward_replaced(block, identity(index, block.forward)))
+            stack.enter_context(forward_replaced(block, identity(index, block.forward)))
         for rows in batches:
             inputs.clear()
             body(input_ids=tokens[rows].to(device), use_cache=False)
@@ -341,7 +358,7 @@ def skipped(block: nn.Module) -> Iterator[None]:
             x = kept
         return wrap[0](x)
 
-    with _forward_replaced(block, forward):
+    with forward_replaced(block, forward):
         yield
 
 
@@ -417,7 +434,8 @@ def _on_inputs(
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let calls of `module` go to `forward`."""
     # Libraries that place models on devices keep a forward of their own in the instance.
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmkern.calibrate import Block, InputStatistic, visit, walk
+from llmkern.calibrate import Block, InputStatistic, stepwise, visit, walk
 from llmkern.calibrate.gradients import loss_gradients
 from llmkern.drive.journal import Journal
 from llmkern.drive.method import MethodWork, Needs
@@ -194,12 +194,15 @@ class LayerRun:
     ) -> list[Any]:
         """One statistic of the inputs of each group, taken in one pass."""
 
-        def empty(group: tuple[str, ...]) -> InputStatistic:
-            weight = weight_rows(block.module.get_submodule(group[0]))
-            return kind(weight.shape[1], tokens=self.tokens, device=weight.device)
-
         self.progress.say(f"{block.name} (inputs)")
-        return block.collect(groups, empty)
+        return block.collect(groups, lambda group: self.empty(block, group, kind))
+
+    def empty(
+        self, block: Block, group: tuple[str, ...], kind: type[InputStatistic]
+    ) -> InputStatistic:
+        """A statistic that has seen nothing of the inputs of a group."""
+        weight = weight_rows(block.module.get_submodule(group[0]))
+        return kind(weight.shape[1], tokens=self.tokens, device=weight.device)
 
 
 class LayerWork(MethodWork):
@@ -265,13 +268,39 @@ class EachLinear(LayerWork):
     def _told(self, run: LayerRun, block: Block) -> None:
         assert self.statistic is not None
         groups = run.groups(block)
-        sequential = getattr(run.settings, "true_sequential", False)
-        for sweep in [[group] for group in groups] if sequential else [groups]:
+        if getattr(run.settings, "true_sequential", False):
+            groups = self._stepwise(run, block, groups)
+            sweeps = [[group] for group in groups]
+        else:
+            sweeps = [groups]
+        for sweep in sweeps:
             statistics = run.statistics(block, sweep, self.statistic)
             for group in sweep:
                 statistic = statistics.pop(0)
                 for name in group:
                     run.change(run.layer(f"{block.name}.{name}", statistic), self.function)
+
+    def _stepwise(
+        self, run: LayerRun, block: Block, groups: list[tuple[str, ...]]
+    ) -> list[tuple[str, ...]]:
+        """Change group by group within one run of the block; the groups that are left to do."""
+        assert self.statistic is not None
+        if not stepwise.fits(block, groups):
+            return groups
+        with stepwise.Stepwise(block, groups) as steps:
+            for done, group in enumerate(groups):
+                statistic = run.empty(block, group, self.statistic)
+                run.progress.say(f"{block.name} (inputs)")
+                try:
+                    for x in steps.inputs():
+                        statistic.update(x)
+                except stepwise.Astray:
+                    return groups[done:]
+                for name in group:
+                    run.change(run.layer(f"{block.name}.{name}", statistic), self.function)
+            if not block.last:
+                steps.finish()
+        return []
 
 
 @dataclass(frozen=True)
