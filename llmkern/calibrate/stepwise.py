@@ -8,17 +8,48 @@ has been changed: nothing is computed twice, and the hidden states that leave th
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 
+from llmkern.calibrate.statistics import Statistic
 from llmkern.calibrate.walker import Block, forward_replaced
 from llmkern.models.linears import shape_of
+
+_S = TypeVar("_S", bound=Statistic)
+
+
+def in_turn(
+    block: Block, groups: Sequence[tuple[str, ...]], make: Callable[[tuple[str, ...]], _S]
+) -> Generator[tuple[tuple[str, ...], _S], None, None]:
+    """Each group with a statistic of its inputs, as the groups before it, changed meanwhile, make them.
+
+    To be closed, if it is not exhausted. Where linears are called more than once, or memory is short, the
+    block is run anew for each group.
+
+    Args:
+        block: whose linears are changed.
+        groups: names of linears that read one tensor, as `Block.groups` returns them.
+        make: called with a group, returns its empty statistic.
+    """
+    done = 0
+    if fits(block, groups):
+        with Stepwise(block, groups) as steps, suppress(Astray):
+            for group in groups:
+                statistic = make(group)
+                for x in steps.inputs():
+                    statistic.update(x)
+                done += 1
+                yield group, statistic
+            if not block.last:
+                steps.finish()
+    for group in groups[done:]:
+        yield group, block.collect([group], make)[0]
 
 
 class Astray(Exception):
@@ -26,10 +57,10 @@ class Astray(Exception):
 
 
 def fits(block: Block, groups: Sequence[tuple[str, ...]]) -> bool:
-    """Whether a block can be run so: linears that are called once, and memory for what waits."""
-    return block.calls_each_once(groups) and _held(block, groups) <= room(
-        block.states.hidden.device
-    )
+    """Whether a block can be run once: linears that are called once, and memory for what waits."""
+    if not groups or not block.calls_each_once(groups):
+        return False
+    return _held(block, groups) <= room(block.states.hidden.device)
 
 
 def room(device: torch.device) -> int:

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llmkern.calibrate import Block, InputStatistic, stepwise, visit, walk
+from llmkern.calibrate import Block, InputStatistic, visit, walk
 from llmkern.calibrate.gradients import loss_gradients
+from llmkern.calibrate.stepwise import in_turn
 from llmkern.drive.journal import Journal
 from llmkern.drive.method import MethodWork, Needs
 from llmkern.drive.plan import plan_layers
@@ -194,13 +197,13 @@ class LayerRun:
     ) -> list[Any]:
         """One statistic of the inputs of each group, taken in one pass."""
 
-        self.progress.say(f"{block.name} (inputs)")
-        return block.collect(groups, lambda group: self.empty(block, group, kind))
+        return block.collect(groups, partial(self.empty, block, kind))
 
     def empty(
-        self, block: Block, group: tuple[str, ...], kind: type[InputStatistic]
+        self, block: Block, kind: type[InputStatistic], group: tuple[str, ...]
     ) -> InputStatistic:
         """A statistic that has seen nothing of the inputs of a group."""
+        self.progress.say(f"{block.name} (inputs)")
         weight = weight_rows(block.module.get_submodule(group[0]))
         return kind(weight.shape[1], tokens=self.tokens, device=weight.device)
 
@@ -250,57 +253,38 @@ class EachLinear(LayerWork):
         return Needs(tokens=self.statistic is not None)
 
     def nbytes(self, settings: Any, shapes: Shapes, tokens: Tokens) -> int:
-        """Copies of the largest weight, and its statistic."""
-        return _statistic_nbytes(self.statistic, settings, shapes)
+        """Copies of the largest weight, its statistic, and the forwards that wait for its turn."""
+        waits = self.statistic is not None and getattr(settings, "true_sequential", False)
+        held = _statistic_nbytes(self.statistic, settings, shapes)
+        return held + (tokens.waiting(shapes) if waits else 0)
 
     def run(self, run: LayerRun) -> None:
         """Change the planned layers."""
-        if self.statistic is None:
+        kind = self.statistic
+        if kind is None:
             run.visit(lambda index, prefix, block: self._alone(run, prefix, block))
         else:
-            run.walk(lambda block: self._told(run, block))
+            run.walk(lambda block: self._told(run, block, kind))
 
     def _alone(self, run: LayerRun, prefix: str, block: nn.Module) -> None:
         for name in block_linears(block):
             if f"{prefix}.{name}" in run.plan:
                 run.change(run.layer(f"{prefix}.{name}"), self.function)
 
-    def _told(self, run: LayerRun, block: Block) -> None:
-        assert self.statistic is not None
-        groups = run.groups(block)
+    def _told(self, run: LayerRun, block: Block, kind: type[InputStatistic]) -> None:
+        groups, make = run.groups(block), partial(run.empty, block, kind)
         if getattr(run.settings, "true_sequential", False):
-            groups = self._stepwise(run, block, groups)
-            sweeps = [[group] for group in groups]
+            with closing(in_turn(block, groups, make)) as turns:
+                for group, statistic in turns:
+                    self._change(run, block, group, statistic)
         else:
-            sweeps = [groups]
-        for sweep in sweeps:
-            statistics = run.statistics(block, sweep, self.statistic)
-            for group in sweep:
-                statistic = statistics.pop(0)
-                for name in group:
-                    run.change(run.layer(f"{block.name}.{name}", statistic), self.function)
+            statistics = run.statistics(block, groups, kind)
+            for group in groups:
+                self._change(run, block, group, statistics.pop(0))
 
-    def _stepwise(
-        self, run: LayerRun, block: Block, groups: list[tuple[str, ...]]
-    ) -> list[tuple[str, ...]]:
-        """Change group by group within one run of the block; the groups that are left to do."""
-        assert self.statistic is not None
-        if not stepwise.fits(block, groups):
-            return groups
-        with stepwise.Stepwise(block, groups) as steps:
-            for done, group in enumerate(groups):
-                statistic = run.empty(block, group, self.statistic)
-                run.progress.say(f"{block.name} (inputs)")
-                try:
-                    for x in steps.inputs():
-                        statistic.update(x)
-                except stepwise.Astray:
-                    return groups[done:]
-                for name in group:
-                    run.change(run.layer(f"{block.name}.{name}", statistic), self.function)
-            if not block.last:
-                steps.finish()
-        return []
+    def _change(self, run: LayerRun, block: Block, group: tuple[str, ...], statistic: Any) -> None:
+        for name in group:
+            run.change(run.layer(f"{block.name}.{name}", statistic), self.function)
 
 
 @dataclass(frozen=True)

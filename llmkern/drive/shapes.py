@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmkern.calibrate.stepwise import held_per_token, room
 from llmkern.formats import WeightFormat
 from llmkern.models import (
     block_linears,
@@ -113,23 +114,47 @@ class Shapes:
 
 
 class Tokens:
-    """The windows that a step reads."""
+    """The windows that a step reads.
+
+    Attributes:
+        windows, window: so many windows of so many tokens.
+        dtype: that blocks are run in; None: that of the weights.
+        device: where.
+    """
 
     def __init__(self, windows: int, window: int) -> None:
         """So many windows of so many tokens."""
         self.windows, self.window = windows, window
+        self.dtype: torch.dtype | None = None
+        self.device = torch.device("cpu")
+
+    def _itemsize(self, shapes: Shapes) -> int:
+        return (self.dtype or shapes.dtype).itemsize
+
+    def cast(self, shapes: Shapes) -> int:
+        """Bytes of the copy of a block in another dtype than its own."""
+        own, other = shapes.dtype.itemsize, self._itemsize(shapes)
+        return 0 if own == other else shapes.largest_block() // own * other
 
     def hidden(self, shapes: Shapes) -> int:
         """Bytes of the hidden states of all windows."""
         width: Any = text_config(shapes.model).hidden_size
-        return int(self.windows * self.window * width * shapes.dtype.itemsize)
+        return int(self.windows * self.window * width * self._itemsize(shapes))
+
+    def waiting(self, shapes: Shapes) -> int:
+        """What the forwards of a block hold that wait before its widest linear, if there is room."""
+        width = text_config(shapes.model).hidden_size
+        widest = max(K for _, K in shapes.linears().values())
+        rows = self.windows * self.window
+        need = rows * held_per_token(width, widest) * self._itemsize(shapes)
+        return int(need) if need <= room(self.device) else 0
 
     def activations(self, shapes: Shapes, batch: int) -> int:
         """What one block holds while a batch passes, without gradients."""
         width = text_config(shapes.model).hidden_size
         widest = max(max(size) for size in shapes.linears().values())
         rows = min(batch, self.windows) * self.window
-        return int(rows * (6 * width + 3 * widest) * shapes.dtype.itemsize)
+        return int(rows * (6 * width + 3 * widest) * self._itemsize(shapes))
 
     def backward(self, shapes: Shapes, batch: int) -> int:
         """What all blocks keep of a batch for its gradients, in float32, and the logits."""

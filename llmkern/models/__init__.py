@@ -11,7 +11,13 @@ from llmkern.models.blocks import (
     text_config,
     vocabulary_size,
 )
-from llmkern.models.compute import cast_floats, compute_dtype, compute_note, computing_in
+from llmkern.models.compute import (
+    cast_floats,
+    chosen_dtype,
+    compute_dtype,
+    compute_note,
+    computing_in,
+)
 from llmkern.models.resize import (
     adopt_settings,
     changed_config,
@@ -37,6 +43,7 @@ __all__ = [
     "cache_name",
     "cast_floats",
     "changed_config",
+    "chosen_dtype",
     "compute_dtype",
     "compute_note",
     "computing_in",

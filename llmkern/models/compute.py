@@ -34,6 +34,11 @@ def compute_dtype(model: nn.Module, asked: str = AUTO) -> torch.dtype:
         ValueError: another dtype than these.
     """
     own, device = _own(model)
+    return chosen_dtype(own, device, asked)
+
+
+def chosen_dtype(own: torch.dtype, device: str, asked: str = AUTO) -> torch.dtype:
+    """`compute_dtype` of a model that is not there yet, by its dtype and its kind of device."""
     if asked == AUTO:
         slow = own in _HALVES and device == "cpu" and not _is_native(own)
         return torch.float32 if slow else own

@@ -23,7 +23,7 @@ from llmkern.calibrate import load_tokens
 from llmkern.calibrate.data import DEFAULT_SEQ_LEN, TOKEN_FILES, Source
 from llmkern.drive import Findings, Shapes, Tokens
 from llmkern.hf import load_tokenizer
-from llmkern.models import context_length, vocabulary_size
+from llmkern.models import chosen_dtype, context_length, vocabulary_size
 from llmkern.pipeline._shapes import read_shapes, tied_embeddings
 from llmkern.pipeline.stages import Stage, source_of
 
@@ -166,17 +166,22 @@ def check(
     if tied:
         result.notes.append(Finding("model", tied))
     data = _Data(calibration, tokenizer)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     before = original
     for index, stage in enumerate(stages, 1):
         name, found = f"{index}-{stage.name}", Findings()
         tokens = data.of(stage, before, found)
+        tokens.device = place
+        if stage.needs_calibration:
+            asked = stage.options.get("compute_dtype", "auto")
+            tokens.dtype = chosen_dtype(before.dtype, place.type, asked)
         after = _after(stage, before, original, found)
         result.errors += [Finding(name, text) for text in found.errors]
         result.warnings += [Finding(name, text) for text in found.warnings]
         result.notes += [Finding(name, text) for text in found.notes]
         result.figures.append(_figures(name, stage, (before, after, original), tokens))
         before = after
-    _check_memory(result, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    _check_memory(result, place)
     _check_disk(result, output)
     return result
 

@@ -129,7 +129,7 @@ def test_inputs_come_in_the_order_of_the_batches(tokens):
     def on_block(block):
         groups = block.groups()
         with stepwise.Stepwise(block, groups) as steps:
-            for index, group in enumerate(groups):
+            for index in range(len(groups)):
                 spec = list(steps.inputs())
                 assert [x.shape[0] for x in spec] == [4, 2]
                 if index == 0:

@@ -214,7 +214,7 @@ class Stage(Generic[_M]):
         if not self.needs_calibration:
             return held + extra
         hidden = tokens.hidden(dense)
-        passing = tokens.activations(dense, data.batch_size)
+        passing = tokens.activations(dense, data.batch_size) + tokens.cast(dense)
         # While a block is kept, its bytes and the hidden states' are there twice.
         kept = hidden + dense.largest_block()
         peak = held + hidden + max(extra + passing, kept)
