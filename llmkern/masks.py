@@ -7,6 +7,8 @@ that training did not bring them about. `llmkern.quantize` leaves the zeros of p
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from llmkern.models.linears import find_linears
+from llmkern.models.linears import dense_weight, find_linears
 
 # Of a layer's weights, exactly zero: that many and it has been pruned, whoever did it. A trained layer
 # has next to none, also in half precision.
@@ -58,6 +60,54 @@ def rename_recorded(model: nn.Module, names: Mapping[str, str | None]) -> None:
             renamed[new if old is None else new + name[len(old) :]] = value
     if hasattr(getattr(model, "config", None), _RECORD):
         setattr(model.config, _RECORD, {"layers": renamed})
+
+
+def forget_filled(model: nn.Module, what: str) -> list[str]:
+    """Take layers out of the record whose zeros are no longer there, and say so in one warning.
+
+    Training without `keep_masks` fills them, merging an adapter does, and quantizing with
+    `keep_zeros=False`; what reads the record (this package later, people) would take it at its word.
+
+    Args:
+        model: one without a record, or with its weights on the meta device, is left alone.
+        what: is being done, for the warning.
+
+    Returns:
+        Their full names.
+    """
+    recorded, linears = recorded_layers(model), find_linears(model)
+    filled = [
+        name
+        for name, value in recorded.items()
+        if name in linears and not _has_zeros(dense_weight(linears[name]), value)
+    ]
+    if filled:
+        first = filled[0]
+        warnings.warn(
+            f"{what}: {len(filled)} of {len(recorded)} layers that the config records as pruned have "
+            f"lost their zeros ({first}: {recorded[first]}), by training or a merge: they are recorded "
+            "no longer; keep_masks(model) keeps zeros, and its apply() sets them again",
+            stacklevel=3,
+        )
+        rest = {name: value for name, value in recorded.items() if name not in filled}
+        setattr(model.config, _RECORD, {"layers": rest})
+        if not rest:
+            delattr(model.config, _RECORD)
+    return filled
+
+
+def _has_zeros(weight: Tensor, value: float | str) -> bool:
+    """Whether a weight [N, K] has the zeros that a record speaks of, give or take a tenth."""
+    pattern = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
+    if weight.is_meta or not (pattern or isinstance(value, float)):
+        return True
+    if pattern is None:
+        return zero_fraction(weight) >= 0.9 * float(value)
+    removed, group = int(pattern[1]), int(pattern[2])
+    if weight.shape[1] % group:
+        return zero_fraction(weight) >= 0.9 * removed / group
+    zeros = (weight == 0).view(len(weight), -1, group).sum(-1)
+    return bool((zeros >= removed).all())
 
 
 def zero_fraction(weight: Tensor) -> float:

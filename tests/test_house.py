@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "calibrate": {"assets", "models", "ops"},
     "evaluate": {"calibrate", "models", "nn"},
     "wire": {"formats", "models", "nn"},
-    "hf": {"_files", "formats", "models", "nn", "patch", "wire"},
+    "hf": {"_files", "formats", "masks", "models", "nn", "patch", "wire"},
     "drive": {
         "_files",
         "_version",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,51 @@ def test_config_remembers_what_was_pruned(tmp_path: Path) -> None:
     prune(model, "magnitude", pattern="2:4", rules={"*": None, "*.up_proj": "2:4"})
     assert recorded_layers(model)["model.layers.0.mlp.up_proj"] == "2:4"
     assert len(recorded_layers(model)) == 7 * LAYERS
+
+
+FILLED = "layers that the config records as pruned have lost their zeros"
+
+
+def fill(model: nn.Module, name: str = "model.layers.1.mlp.up_proj") -> None:
+    """As training without `keep_masks` does."""
+    with torch.no_grad():
+        model.get_parameter(f"{name}.weight").add_(1e-3)
+
+
+@pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=["half", "2:4"])
+def test_a_record_of_zeros_that_are_gone_is_given_up_and_said(
+    amount: dict[str, Any], tmp_path: Path
+) -> None:
+    model = pruned(**amount)
+    fill(model)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.warns(UserWarning, match=rf"load: 1 of 14 {FILLED} \(model.layers.1.mlp.up_proj: "):
+        assert len(recorded_layers(llmkern.load(tmp_path / "plain"))) == 13
+    with pytest.warns(UserWarning, match=f"save: 1 of 14 {FILLED}"):
+        llmkern.save(model, tmp_path / "own")
+    assert len(recorded_layers(llmkern.load(tmp_path / "own"))) == 13
+    fill(model, "model.layers.0.mlp.up_proj")
+    with pytest.warns(UserWarning, match=f"quantize: 1 of 13 {FILLED}"):
+        llmkern.quantize(model, "rtn", group_size=32)
+    assert len(recorded_layers(model)) == 12
+
+
+def test_a_record_without_a_layer_that_it_is_true_of_goes(tmp_path: Path) -> None:
+    model = pruned(pattern="2:4")
+    for name in recorded_layers(model):
+        fill(model, name)
+    with pytest.warns(UserWarning, match=f"save: 14 of 14 {FILLED}"):
+        llmkern.save(model, tmp_path / "out")
+    assert "llmkern_pruning" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_zeros_that_are_there_are_not_complained_of(tmp_path: Path) -> None:
+    model = pruned(pattern="2:4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        llmkern.quantize(model, "rtn", group_size=32)
+        llmkern.save(model, tmp_path / "out")
+        assert len(recorded_layers(llmkern.load(tmp_path / "out"))) == 14
 
 
 def test_zeros_of_unknown_origin_count_from_five_percent() -> None:

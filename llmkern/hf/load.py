@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmkern.masks import forget_filled
 from llmkern.models import resize_blocks
 from llmkern.models.resize import ENTRY
 from llmkern.wire import Reader, reading_wire, record_formats
@@ -73,6 +74,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         model.hf_quantizer.remove_quantization_config(model)
         reader.fill(model)
         record_formats(model)
+    forget_filled(model, "load")
     return model  # type: ignore[no-any-return]
 
 

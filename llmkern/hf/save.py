@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llmkern._files import sync_entry, sync_tree
+from llmkern.masks import forget_filled
 from llmkern.nn import PackedLinear, is_packed
 from llmkern.wire import WIRES, packed_layers, use_wire, writing_wire
 from llmkern.wire.checkpoint_files import CONFIG
@@ -67,6 +68,7 @@ def save(
     for spoilt in (wire.spoilt(model) for wire in WIRES):
         if spoilt is not None:
             raise ValueError(spoilt)
+    forget_filled(model, "save")
     layers = packed_layers(model)
     if layers or format is not None:
         _choose_form(model, layers, format)

@@ -25,6 +25,7 @@ from llmkern.drive import (
     sort_options,
 )
 from llmkern.formats import WeightFormat
+from llmkern.masks import forget_filled
 from llmkern.models import compute_dtype, compute_note
 from llmkern.models.linears import shape_of
 from llmkern.patch import winning_pattern
@@ -103,6 +104,7 @@ def quantize(
     settings, data = sort_options(kind, options)
     default = kind.formats.choose(bits, group_size, symmetric)
     rules, auto = dict(rules or {}), group_size == "auto"
+    forget_filled(model, "quantize")
     plan, dense = plan_formats(kind, model, default, rules, auto=auto)
     report = QuantizeReport(method, dataclasses.asdict(settings), dense=dense)
     report.notes += size_notes(model, default, plan, rules)
