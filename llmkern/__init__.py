@@ -12,7 +12,14 @@ from llmkern.formats.int4 import QuantFormat
 from llmkern.formats.lut4 import LutFormat
 from llmkern.hf import accelerate, load, save
 from llmkern.masks import keep_masks
-from llmkern.nn import Int4Linear, IntLinear, Lut4Linear, Sparse24Int4Linear, Sparse24Linear
+from llmkern.nn import (
+    Int4Linear,
+    IntLinear,
+    Lut4Linear,
+    Sparse24Int4Linear,
+    Sparse24Linear,
+    prepare,
+)
 from llmkern.patch import patch
 from llmkern.prune import prune
 from llmkern.quantize import quantize
@@ -37,6 +44,7 @@ __all__ = [
     "keep_masks",
     "load",
     "patch",
+    "prepare",
     "prune",
     "quantize",
     "save",

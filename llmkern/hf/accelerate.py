@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from llmkern.hf._sparse24 import accelerate_sparse
-from llmkern.nn import is_packed
+from llmkern.nn import is_packed, prepare
 from llmkern.patch import warn_dense
 from llmkern.wire import WIRES, record_formats
 
@@ -58,7 +58,7 @@ def accelerate(model: Model) -> Model:
         raise ValueError(
             f"model: got no packed layer in it, expected {kinds}, or 2:4 sparse weights"
         )
-    return model
+    return prepare(model)
 
 
 def _release(model: nn.Module) -> None:

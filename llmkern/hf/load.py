@@ -10,6 +10,7 @@ import torch
 from llmkern.masks import forget_filled
 from llmkern.models import resize_blocks
 from llmkern.models.resize import ENTRY
+from llmkern.nn import prepare
 from llmkern.wire import Reader, reading_wire, record_formats
 from llmkern.wire.checkpoint_files import CheckpointFiles, read_checkpoint
 
@@ -75,7 +76,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         reader.fill(model)
         record_formats(model)
     forget_filled(model, "load")
-    return model  # type: ignore[no-any-return]
+    return prepare(model)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(directory: str | Path) -> Any:

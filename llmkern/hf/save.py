@@ -7,7 +7,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +72,12 @@ def save(
     layers = packed_layers(model)
     if layers or format is not None:
         _choose_form(model, layers, format)
-    for layer in layers.values():
-        # The tensors to be written take the kernel layout's place instead of lying beside it.
-        layer.restore()
-    with replacing(target) as partial:
+    elif getattr(model, "hf_quantizer", None) is None:
+        use_wire(model, None)  # no layer is packed any more
+    with ExitStack() as stack, replacing(target) as partial:
+        for layer in layers.values():
+            # The tensors to be written take the kernel layout's place instead of lying beside it.
+            stack.enter_context(layer.canonical())
         _check_space(model, partial)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:

@@ -2,6 +2,7 @@
 
 from llmkern.nn._packed_linear import PackedLinear, is_packed
 from llmkern.nn._packed_weight import PackedWeight
+from llmkern.nn._prepare import prepare
 from llmkern.nn.int_linear import Int4Linear, IntLinear
 from llmkern.nn.lut4_linear import Lut4Linear
 from llmkern.nn.packed import PACKED, packed_class
@@ -19,4 +20,5 @@ __all__ = [
     "Sparse24Linear",
     "is_packed",
     "packed_class",
+    "prepare",
 ]

@@ -1,20 +1,33 @@
-"""What packed linears share: file tensors that the first forward pass repacks for the kernels."""
+"""What packed linears share: file tensors that are repacked for the kernels before they run."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, TypeGuard
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
 from llmkern import _backends
 from llmkern.formats import Misfit
 from llmkern.nn._packed_weight import PackedWeight
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # Two threads may meet a module's first forward pass together; only one may repack it.
 _repacking = threading.Lock()
+_LIVING: weakref.WeakSet[PackedLinear] = weakref.WeakSet()
+
+
+def _tracing() -> bool:
+    """Whether torch.compile is tracing in this thread."""
+    return TracingContext.try_get() is not None
 
 
 class FileForm(Protocol):
@@ -48,6 +61,12 @@ class PackedLinear(nn.Linear):
     # Those of `_FILE_BUFFERS` whose place the kernel's tensors take, by default.
     _REPACKED_BUFFERS: ClassVar[tuple[str, ...]]
     _KERNEL_BUFFERS: ClassVar[tuple[str, ...]]
+
+    # Attributes of the layer's own that a dense linear has no use for.
+    _SETTINGS: ClassVar[tuple[str, ...]] = ("_dtype", "_layout", "file_form", "left")
+
+    # Called when the layer becomes dense: whoever has recorded it as packed forgets it.
+    left: Callable[[], None] | None = None
 
     _dtype: torch.dtype
     _layout: str | None
@@ -125,8 +144,90 @@ class PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Stand-in for the dense weight: shape, dtype and device for free, values on demand."""
+        if torch.compiler.is_compiling():
+            # Tracers know no stand-ins; a graph drops the values where only their shape or dtype is used.
+            self._prepare_for_forward()
+            return self.dequantize()
         device = next(t.device for t in self.buffers())
         return PackedWeight(self, (self.out_features, self.in_features), self._dtype, device)
+
+    def __getattr__(self, name: str) -> Any:
+        # Of the canonical tensors, those that a kernel layout has replaced are made again.
+        value = super().__getattr__(name)
+        if value is None and name in self._REPACKED_BUFFERS and self._layout is not None:
+            return self._file_tensors()[name]
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would meet a property without a setter, or a name that is taken.
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not isinstance(value, Tensor):
+            raise TypeError(f"weight: got {type(value).__name__}, expected a tensor")
+        elif not (isinstance(value, PackedWeight) and value.stands_for(self)):
+            self.become_dense(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module; a layer that is itself to be trained becomes dense."""
+        if requires_grad:
+            self.become_dense()
+        nn.Module.requires_grad_(self, requires_grad)  # by now, it may be of another class
+        return self
+
+    def become_dense(self, weight: Tensor | None = None) -> nn.Parameter:
+        """Turn this very module into a dense nn.Linear, since its weight is written to.
+
+        Whoever holds the module, such as the adapter around it, goes on with the linear, and a config
+        that named its format no longer does. A warning says so: it takes a dense layer's memory.
+
+        Args:
+            weight: float [N, K] to hold from now on, a Parameter as it is; by default the values that
+                the layer stands for, in its dtype.
+
+        Returns:
+            The linear's weight; it requires no gradient, as before, unless it was given.
+
+        Raises:
+            RuntimeError: the layer holds no values (meta device, tracing).
+            ValueError: another shape than [N, K].
+        """
+        held = next(iter(self.buffers()))
+        if not self._may_repack(held):
+            raise RuntimeError(
+                f"weight: got a write while the layer's tensors are {type(held).__name__} on "
+                f"{held.device}, expected values: load the model first, and write outside of tracing"
+            )
+        shape = (self.out_features, self.in_features)
+        if weight is not None and tuple(weight.shape) != shape:
+            raise ValueError(f"weight: got {list(weight.shape)}, expected {list(shape)}")
+        with torch.inference_mode(False), torch.no_grad():
+            if weight is None or isinstance(weight, PackedWeight) or weight.is_inference():
+                weight = (self.weight if weight is None else weight).clone()
+            if not isinstance(weight, nn.Parameter):
+                weight = nn.Parameter(weight.detach(), requires_grad=False)
+        warnings.warn(
+            f"weight: got a write, so this {type(self).__name__} is a dense nn.Linear from now on: "
+            "rounding to its format would lose what was written (a merged adapter, an assigned weight); "
+            "llmkern.quantize packs it again",
+            stacklevel=2,
+        )
+        self._leave_packed(weight)
+        return weight
+
+    def _leave_packed(self, weight: nn.Parameter) -> None:
+        """Change class and tensors; hooks, and what others have set on the module, stay."""
+        if self.left is not None:
+            self.left()
+        for name in (*self._FILE_BUFFERS, *self._KERNEL_BUFFERS):
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        for name in [n for n in self._SETTINGS if n in vars(self)]:
+            delattr(self, name)
+        self._parameters["weight"] = weight
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        old = vars(self).get("_old_forward")
+        if old is not None:  # behind a hook of accelerate's, which has kept the class's method
+            self._old_forward = nn.Linear.forward.__get__(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] in x's dtype for x [..., K]; float32, bfloat16 or float16."""
@@ -135,7 +236,7 @@ class PackedLinear(nn.Linear):
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        layout = self._repack()
+        layout = self._prepare_for_forward()
         return self._multiply(x, None if self.bias is None else self.bias.to(x.dtype), layout)
 
     def to_linear(self) -> nn.Linear:
@@ -166,7 +267,7 @@ class PackedLinear(nn.Linear):
         """Whether `packed` holds data: neither meta tensors nor a tracer's are repacked for good."""
         return type(packed) in (Tensor, nn.Parameter) and not packed.is_meta
 
-    def _repack(self) -> str:
+    def prepare(self) -> str:
         """Bring the weight into the layout of the kernel that serves its device, once; the layout."""
         wanted = self._wanted_layout() if self._layout is None else None
         if wanted is not None:
@@ -181,9 +282,31 @@ class PackedLinear(nn.Linear):
                     self._buffers.update(dict.fromkeys(self._repacked_buffers(wanted)))
         return self._layout or "canonical"
 
-    # Under torch.compile the repacking runs while tracing, and the graph sees its result. This is what
+    def _prepare_for_forward(self) -> str:
+        """`prepare`, and of every other layer if a tracer asks for the first.
+
+        A graph is guarded by how its layer is held: traced while its neighbours are not prepared, it
+        would serve none of them, and each block would get a graph of its own.
+        """
+        if self._layout is None and _tracing():
+            with _repacking:
+                living = list(_LIVING)
+            for layer in living:
+                # What another layer has against it is said when that one is used.
+                with suppress(ValueError):
+                    if is_packed(layer) and "_layout" in vars(layer):
+                        layer.prepare()
+        return self.prepare()
+
+    # Under torch.compile this runs while tracing, and the graph sees its result. This is what
     # torch.compiler.assume_constant_result does, which would import all of Dynamo with llmkern.
-    _repack._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _prepare_for_forward._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        layer = super().__new__(cls)
+        with _repacking:
+            _LIVING.add(layer)
+        return layer
 
     def restore(self) -> None:
         """Put the canonical tensors back in place of a kernel layout's."""
@@ -196,7 +319,11 @@ class PackedLinear(nn.Linear):
                     self._non_persistent_buffers_set.discard(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        self.restore()
+        with self.canonical():
+            return self._convert(fn, recurse)
+
+    def _convert(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> PackedLinear:
+        """`_apply` to the canonical tensors."""
 
         def move(t: Tensor) -> Tensor:
             out = fn(t)
@@ -214,6 +341,17 @@ class PackedLinear(nn.Linear):
         if probe.is_floating_point():
             self._dtype = probe.dtype
         return self
+
+    @contextmanager
+    def canonical(self) -> Iterator[None]:
+        """Hold the canonical tensors meanwhile; a layer that was prepared is so again afterwards."""
+        prepared = self._layout is not None
+        self.restore()
+        try:
+            yield
+        finally:
+            if prepared:
+                self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         buffers = {**self._buffers, **self._file_tensors()}
@@ -257,12 +395,16 @@ class PackedLinear(nn.Linear):
                 error_msgs.append(f"{prefix}{error}")
                 return
             state_dict = {prefix + name: tensor for name, tensor in own.items()}
+        prepared, before = self._layout is not None, len(error_msgs)
+        self.restore()
         self._load_own(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if prepared and len(error_msgs) == before:
+            self.prepare()
 
     def _load_own(self, *args: Any) -> None:
-        """`_load_from_state_dict` of tensors of the module's own."""
+        """`_load_from_state_dict` of tensors of the module's own, while it holds the canonical ones."""
         super()._load_from_state_dict(*args)
 
 

@@ -32,16 +32,17 @@ class IntLinear(PackedLinear):
 
     The state_dict is that of compressed-tensors' `pack-quantized` format for the layer's own bit
     width, whatever the kernels hold meanwhile: `weight_packed`, `weight_scale`, `weight_zero_point`
-    (asymmetric only), `weight_shape` and `bias`. The first forward pass repacks these once into the
-    layout of the kernel that serves the device, in place of the file's tensors; `state_dict`, `.to`,
-    `deepcopy` and pickling give the file's tensors back bit for bit.
+    (asymmetric only), `weight_shape` and `bias`. `llmkern.prepare`, or the first forward pass, repacks
+    these once into the layout of the kernel that serves the device, in place of the file's tensors;
+    `state_dict`, `deepcopy` and pickling give the file's tensors back bit for bit.
 
     `.to(dtype)`, `.half()` and the like change the bias and the dtype that `weight` reports; codes and
     scales keep theirs, so no conversion of a model ever rounds its weights twice. Any float x is
     accepted and y has its dtype; under autocast x is cast as for `nn.Linear`.
 
     It is an `nn.Linear` to code that looks for one (adapters attach to it as they are), but holds no
-    dense weight: see `llmkern.nn.PackedWeight` for what `weight` answers.
+    dense weight: see `llmkern.nn.PackedWeight` for what `weight` answers. A write to it, as the merge of
+    an adapter is, turns the layer into a dense `nn.Linear`.
 
     Attributes:
         in_features, out_features: K and N.
@@ -69,6 +70,7 @@ class IntLinear(PackedLinear):
     _FILE_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     _REPACKED_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
     _KERNEL_BUFFERS: ClassVar[tuple[str, ...]] = ("_qweight", "_scales", "_zeros")
+    _SETTINGS = (*PackedLinear._SETTINGS, "format", "bits", "symmetric", "group_size", "activation")
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -374,7 +376,6 @@ class IntLinear(PackedLinear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.restore()
         problems = []
         for name in (*self._FILE_BUFFERS, "bias"):
             tensor = state_dict.get(prefix + name)

@@ -39,7 +39,7 @@ class Lut4Linear(PackedLinear):
     loaded and saved plain. With any other book it is `weight_packed`, `weight_codebook` and
     `weight_scale` (if there are scales), in the layout of `llmkern.formats.lut4`. Either is loaded.
 
-    As in `IntLinear`, the first forward pass repacks the weight for the CPU or CUDA kernels,
+    As in `IntLinear`, `llmkern.prepare` or the first pass repacks the weight for the kernels,
     `.to(dtype)` and the like leave codes, book and scales alone, and any float x is accepted.
 
     Attributes:
@@ -62,6 +62,7 @@ class Lut4Linear(PackedLinear):
     _FILE_BUFFERS = ("weight_packed", "weight_codebook", "weight_scale")
     _REPACKED_BUFFERS = ("weight_packed",)
     _KERNEL_BUFFERS = ("_qweight", "_codebook", "_scales")
+    _SETTINGS = (*PackedLinear._SETTINGS, "group_size", "block_size", "scaled")
 
     weight_packed: Tensor
     weight_codebook: Tensor
@@ -311,7 +312,6 @@ class Lut4Linear(PackedLinear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.restore()
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         try:
             own = self._canonical(own)

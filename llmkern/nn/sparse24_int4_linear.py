@@ -26,9 +26,9 @@ class Sparse24Int4Linear(IntLinear):
     """An `IntLinear` whose weight is 2:4 sparse: a code that is its zero point counts as pruned.
 
     It is loaded, saved and inspected as an `IntLinear`: the state_dict is compressed-tensors' own, with
-    the pruned codes in it, so that anything that reads such files reads this one. The first forward pass
-    replaces these tensors by the kept codes and their places, three quarters of the bytes; `state_dict`,
-    `.to`, `deepcopy` and pickling give them back bit for bit.
+    the pruned codes in it, so that anything that reads such files reads this one. `llmkern.prepare`, or
+    the first forward pass, replaces these tensors by the kept codes and their places, three quarters of
+    the bytes; `state_dict`, `deepcopy` and pickling give them back bit for bit.
 
     Args:
         in_features: K, a multiple of the group size.
@@ -142,7 +142,7 @@ class Sparse24Int4Linear(IntLinear):
             format=linear.format,
             dtype=linear.dtype,
         )
-        layer.file_form = linear.file_form
+        layer.file_form, layer.left = linear.file_form, linear.left
         return layer
 
     def _sparse_operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

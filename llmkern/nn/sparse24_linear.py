@@ -27,10 +27,10 @@ class Sparse24Linear(PackedLinear):
     `bias`. So files hold a plain dense model whose zeros are the pattern, and anything loads them. A
     dense `weight` that is loaded must be 2:4 sparse.
 
-    The first forward pass repacks the tensors once into the layout of the kernel that serves the device,
-    in place of the canonical ones of `llmkern.formats.sparse24`. `.to(dtype)` rounds the values as it
-    would those of a linear; x must have their dtype, and under autocast the weight is expanded and cast
-    with it.
+    `llmkern.prepare`, or the first forward pass, repacks the tensors once into the layout of the kernel
+    that serves the device, in place of the canonical ones of `llmkern.formats.sparse24`. `.to(dtype)`
+    rounds the values as it would those of a linear; x must have their dtype, and under autocast the
+    weight is expanded and cast with it.
 
     Attributes:
         in_features, out_features: K, a multiple of 8, and N.
@@ -192,8 +192,8 @@ class Sparse24Linear(PackedLinear):
                 values, meta = convert(values, meta)
         return {"weight_values": values, "weight_meta": meta}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        super()._apply(fn, recurse)
+    def _convert(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> PackedLinear:
+        super()._convert(fn, recurse)
         self.weight_values = self.weight_values.to(self._dtype)
         return self
 
@@ -214,7 +214,6 @@ class Sparse24Linear(PackedLinear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.restore()
         own = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         weight = own.pop(prefix + "weight", None)
         try:

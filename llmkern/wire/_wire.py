@@ -100,6 +100,10 @@ class Wire:
         """
         raise NotImplementedError
 
+    def leave_dense(self, entry: dict[str, Any], name: str) -> None:
+        """Change what `describe` made for a layer that has become dense since; others are left."""
+        raise NotImplementedError
+
     def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:
         """A layer's weight as files have it, by the names that follow the module's."""
         return layer.own_tensors()

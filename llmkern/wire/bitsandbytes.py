@@ -77,6 +77,10 @@ class Bitsandbytes(Wire):
             "llm_int8_skip_modules": sorted(dense),
         }
 
+    def leave_dense(self, entry: dict[str, Any], name: str) -> None:
+        """One module more to skip."""
+        entry["llm_int8_skip_modules"] = sorted({*entry["llm_int8_skip_modules"], name})
+
     def take_over(self, model: nn.Module) -> TakenOver | None:
         """Of a model that transformers has loaded in 4 bits, at any time; nested scales are decoded."""
         if _method(model) != self.name:

@@ -46,6 +46,14 @@ class CompressedTensors(Wire):
         # Readers that unfuse the experts look each one up by its own name.
         return describe_formats(formats, [*dense, *(f"re:{name}.*" for name in stacks)])
 
+    def leave_dense(self, entry: dict[str, Any], name: str) -> None:
+        """One module more to ignore, and none that a group targets."""
+        entry["ignore"] = sorted({*entry["ignore"], name})
+        for key, group in list(entry["config_groups"].items()):
+            group["targets"] = [target for target in group["targets"] if target != name]
+            if not group["targets"]:
+                del entry["config_groups"][key]
+
     def unread(self, model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> str | None:
         """transformers packs linears only, and looks for packed experts."""
         with torch.device("meta"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -105,16 +107,40 @@ def quantization_config(model: nn.Module, wire: Wire) -> dict[str, object]:
 def use_wire(model: nn.Module, wire: Wire | None) -> None:
     """Let the model's state_dict and its config be those of a checkpoint of `wire`.
 
-    transformers' own `save_pretrained` then writes a directory that loads. Without a format the packed
-    layers have tensors of their own, and the config says nothing of them.
+    transformers' own `save_pretrained` then writes a directory that loads, also after layers have
+    become dense (`PackedLinear.become_dense`). Without a format the packed layers have tensors of their
+    own, and the config says nothing of them.
     """
-    for layer in packed_layers(model).values():
-        layer.file_form = wire
-    config = model.config
+    layers, config = packed_layers(model), model.config
     if wire is not None:
         config.quantization_config = quantization_config(model, wire)  # type: ignore[union-attr]
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
+    record = None if wire is None else _Recorded(config, wire, set(layers))
+    for layer in layers.values():
+        names = [name for name, other in layers.items() if other is layer]
+        layer.file_form = wire
+        layer.left = None if record is None else partial(record.forget, names)
+
+
+class _Recorded:
+    """What a model's config says of its packed layers, kept true while some of them become dense.
+
+    It is copied with the model: `copy.deepcopy` and pickle give the copy's layers the copy's config.
+    """
+
+    def __init__(self, config: Any, wire: Wire, names: set[str]) -> None:
+        self._config, self._wire, self._names = config, wire, names
+
+    def forget(self, names: list[str]) -> None:
+        """Speak of these layers, which are one, as dense."""
+        entry = getattr(self._config, "quantization_config", None)
+        self._names.difference_update(names)
+        if not self._names and entry is not None:
+            del self._config.quantization_config
+        elif isinstance(entry, dict):
+            for name in names:
+                self._wire.leave_dense(entry, name)
 
 
 def record_formats(model: nn.Module) -> None:
