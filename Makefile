@@ -46,7 +46,7 @@ endef
 # One worker per core, where the environment has pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist' 2>/dev/null && echo yes),-n logical --maxprocesses 8 --dist worksteal)
 
-.PHONY: demo test test-fast wheel bench bench-peers gpu lint sanitize cross clean build
+.PHONY: demo test test-fast wheel bench bench-peers real gpu lint sanitize cross clean build
 
 demo: build
 	$(LLMKERN) demo $(ARGS)
@@ -64,6 +64,10 @@ wheel: $(READY)
 
 bench: build
 	$(RUN) bench/run_all.py $(ARGS)
+
+# Quantize, prune and compress a real pre-trained model, as far as a CPU allows; fetches 98 MB.
+real: build
+	$(RUN) scripts/real_model.py $(ARGS)
 
 # The same beside bitsandbytes, and ggml built for this CPU, in an environment of their own.
 bench-peers:
