@@ -10,7 +10,7 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from llmkern import env
 from llmkern._dtypes import dtype_name
 from llmkern.assets import evaluation_text
 from llmkern.calibrate import load_tokens
-from llmkern.calibrate.data import Source
 from llmkern.evaluate import weight_bytes
 from llmkern.hf import accelerate_sparse, load, load_tokenizer, save
 from llmkern.models import context_length, vocabulary_size
@@ -35,6 +34,7 @@ from llmkern.pipeline._shapes import read_shapes
 from llmkern.pipeline.measure import beginnings, file_bytes, measure, sensitivity
 from llmkern.pipeline.preflight import Preflight, check
 from llmkern.pipeline.recipe import dump_recipe
+from llmkern.pipeline.run_options import RunOptions
 from llmkern.pipeline.stages import Context, Stage, source_of
 from llmkern.report import PipelineReport, StageRecord, write_report
 
@@ -42,47 +42,6 @@ ORIGINAL = "original"
 # Windows on which each block's change is measured alone.
 _SENSITIVITY_WINDOWS = 8
 _PROMPTS = 3
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a pipeline is run and measured.
-
-    Attributes:
-        calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`) for the stages that
-            need data and name none; "builtin" is the text that comes with llmkern.
-        evaluation: the same, to measure on, not seen by any stage; None is the held-out text that comes
-            with llmkern.
-        evaluation_windows: at most so many windows of it.
-        tokenizer: of the model; None takes the one in its directory.
-        prompts: to continue in the report; None takes beginnings of evaluation windows.
-        dtype: to load a directory in; None is the checkpoint's own.
-        device: None takes a GPU if there is one.
-        speed: measure tokens per second.
-        sensitivity: measure what each block's change costs alone.
-        progress: say what is being done on standard error, with progress bars.
-        command: for the report; None is the Python call.
-        on_preflight: called with what the preflight has found, before any work.
-    """
-
-    calibration: Source = None
-    evaluation: Source = None
-    evaluation_windows: int = 64
-    tokenizer: Any = None
-    prompts: Sequence[str] | None = None
-    dtype: torch.dtype | None = None
-    device: str | None = None
-    speed: bool = True
-    sensitivity: bool = True
-    progress: bool = False
-    command: str | None = None
-    on_preflight: Callable[[Preflight], None] | None = None
-
-    def __post_init__(self) -> None:
-        if self.evaluation_windows < 1:
-            raise ValueError(
-                f"evaluation_windows: got {self.evaluation_windows}, expected at least 1"
-            )
 
 
 class Pipeline:

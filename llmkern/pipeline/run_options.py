@@ -1,0 +1,53 @@
+"""How a pipeline is run and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmkern.calibrate.data import Source
+from llmkern.pipeline.preflight import Preflight
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a pipeline is run and measured.
+
+    Attributes:
+        calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`) for the stages that
+            need data and name none; "builtin" is the text that comes with llmkern.
+        evaluation: the same, to measure on, not seen by any stage; None is the held-out text that comes
+            with llmkern.
+        evaluation_windows: at most so many windows of it.
+        tokenizer: of the model; None takes the one in its directory.
+        prompts: to continue in the report; None takes beginnings of evaluation windows.
+        dtype: to load a directory in; None is the checkpoint's own.
+        device: None takes a GPU if there is one.
+        speed: measure tokens per second.
+        sensitivity: measure what each block's change costs alone.
+        progress: say what is being done on standard error, with progress bars.
+        command: for the report; None is the Python call.
+        on_preflight: called with what the preflight has found, before any work.
+    """
+
+    calibration: Source = None
+    evaluation: Source = None
+    evaluation_windows: int = 64
+    tokenizer: Any = None
+    prompts: Sequence[str] | None = None
+    dtype: torch.dtype | None = None
+    device: str | None = None
+    speed: bool = True
+    sensitivity: bool = True
+    progress: bool = False
+    command: str | None = None
+    on_preflight: Callable[[Preflight], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.evaluation_windows < 1:
+            raise ValueError(
+                f"evaluation_windows: got {self.evaluation_windows}, expected at least 1"
+            )
