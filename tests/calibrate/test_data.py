@@ -56,7 +56,7 @@ def test_several_files_are_one_text(model: Model, tmp_path: Path) -> None:
     for name, text in (("a", "abcd"), ("b", "efg")):
         (tmp_path / name).write_text(text)
     tokens = load_tokens([tmp_path / "a", tmp_path / "b"], model, byte_tokenizer, seq_len=8)
-    assert bytes(tokens[0].tolist()) == b"abcd\nefg"
+    assert bytes(tokens[0].tolist()) == b"abcd\n\nef"
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
@@ -110,16 +110,12 @@ def test_another_seed_takes_other_windows(model: Model) -> None:
     assert {tuple(row) for row in first.tolist()} <= rows
 
 
-class Rows(list[dict[str, Any]]):
-    column_names = ("id", "body")
-
-
 def _fake_datasets(asked: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> ModuleType:
     module = ModuleType("datasets")
 
-    def load_dataset(path: str, config: str | None, split: str) -> Rows:
-        asked.append((path, config, split))
-        return Rows(rows)
+    def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> Any:
+        asked.append((path, config, split, streaming))
+        return iter(rows)  # a stream knows neither its columns nor its length
 
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     return module
@@ -132,9 +128,9 @@ def test_dataset_is_read_until_there_are_enough_tokens(
     rows = [{"id": i, "body": f"row {i} of the data"} for i in range(1000)]
     monkeypatch.setitem(sys.modules, "datasets", _fake_datasets(asked, rows))
     windows = load_windows("owner/name:tiny:test", model, byte_tokenizer, seq_len=8, samples=4)
-    assert asked == [("owner/name", "tiny", "test")]
+    assert asked == [("owner/name", "tiny", "test", True)]
     assert windows.shape == (4, 8)
-    text = "".join(row["body"] for row in rows[:3])
+    text = "\n\n".join(row["body"] for row in rows[:3])
     assert all(bytes(row.tolist()).decode() in text for row in windows)
 
 
