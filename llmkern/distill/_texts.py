@@ -1,17 +1,15 @@
-"""Prompts, and answers to them, from files of one JSON object (or one text) a line."""
+"""Prompts, and answers to them, from files of rows (or of one text a line)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmkern.calibrate.data import rows
+
 # A text, or the turns of a conversation: {"role", "content"}.
 Prompt = str | list[dict[str, str]]
-
-# What may hold prompt and answer in a line of JSON.
-_PAIRS = (("prompt", "answer"), ("prompt", "completion"), ("instruction", "output"))
 
 
 class Pair(NamedTuple):
@@ -31,8 +29,8 @@ def read_prompts(source: str | Path | Sequence[str], argument: str = "prompts") 
     """Prompts, in order.
 
     Args:
-        source: path of a file, a line a prompt: in .jsonl files {"prompt": "..."}, otherwise the line
-            itself; or the prompts.
+        source: path of a file of rows (.jsonl, .json, .csv, .parquet and others, see
+            `llmkern.calibrate.data`) with a field prompt, or of text, a line a prompt; or the prompts.
         argument: what error messages call it.
 
     Raises:
@@ -40,10 +38,11 @@ def read_prompts(source: str | Path | Sequence[str], argument: str = "prompts") 
     """
     if isinstance(source, (str, Path)):
         path = _existing(source, argument)
-        if path.suffix == ".jsonl":
-            found = [_text(entry, "prompt", where) for where, entry in json_lines(path, argument)]
+        if rows.has_rows(path):
+            entries = _objects(rows.read_rows(path, argument), path, argument)
+            found = [_text(entry, "prompt", where) for where, entry in entries]
         else:
-            found = [line for line in _read(path, argument).splitlines() if line.strip()]
+            found = [ln for ln in rows.read_text(path, argument).split("\n") if ln.strip()]
     else:
         found = list(source)
         for i, prompt in enumerate(found):
@@ -58,16 +57,19 @@ def read_pairs(path: str | Path, argument: str = "answers") -> list[Pair]:
     """Prompts with their answers, in order.
 
     Args:
-        path: a file of one JSON object a line: {"prompt", "answer"}, {"prompt", "completion"},
-            {"instruction", "output"} (and "input" or not) or {"messages": [{"role", "content"}, ...]},
-            the last of which is the assistant's.
+        path: a file of rows, of JSON lines if its name does not say: {"prompt", "answer"}, {"prompt",
+            "completion"}, {"instruction", "output"} (and "input" or not), {"messages": [{"role",
+            "content"}, ...]} or {"conversations": [{"from", "value"}, ...]}, the last of which is the
+            assistant's.
         argument: what error messages call it.
 
     Raises:
         ValueError: no such file, no answer in it, a bad line (named by its number).
     """
     file = _existing(path, argument)
-    found = [_pair(entry, where) for where, entry in json_lines(file, argument)]
+    read = rows.read_rows if rows.has_rows(file) else rows.json_lines
+    entries = _objects(read(file, argument), file, argument)
+    found = [_pair(entry, where) for where, entry in entries]
     if not found:
         raise ValueError(f"{argument}: got no answer in {file}, expected some")
     return found
@@ -79,45 +81,49 @@ def json_lines(path: Path, argument: str) -> Iterator[tuple[str, dict[str, Any]]
     Raises:
         ValueError: a line that is no JSON object.
     """
-    for number, line in enumerate(_read(path, argument).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{argument}: {path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: got no JSON ({error}), expected an object") from error
-        if not isinstance(entry, dict):
+    return _objects(rows.json_lines(path, argument), path, argument)
+
+
+def _objects(
+    found: Iterable[rows.Row], path: Path, argument: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, entry in found:
+        where = f"{argument}: {path}, {place}"
+        if not isinstance(entry, Mapping):
             raise ValueError(f"{where}: got {type(entry).__name__}, expected a JSON object")
-        yield where, entry
+        yield where, dict(entry)
 
 
 def _pair(entry: dict[str, Any], where: str) -> Pair:
-    if "messages" in entry:
-        return _conversation(entry["messages"], where)
-    for question, answer in _PAIRS:
+    name = next((name for name in rows.CONVERSATIONS if name in entry), None)
+    if name is not None:
+        return _conversation(entry, (name,), where)
+    for question, answer in rows.PAIRS:
         if question in entry and answer in entry:
+            if rows.is_turns(entry[question]) or rows.is_turns(entry[answer]):
+                return _conversation(entry, (question, answer), where)
             prompt = _text(entry, question, where)
-            if question == "instruction" and entry.get("input"):
-                prompt = f"{prompt}\n{_text(entry, 'input', where)}"
+            between = [c for c in rows.CONTEXTS if question == "instruction" and entry.get(c)]
+            prompt = "\n".join([prompt, *(_text(entry, name, where) for name in between)])
             finished = entry.get("finished", True)
             if not isinstance(finished, bool):
                 raise ValueError(f"{where}: finished: got {finished!r}, expected true or false")
             return Pair(prompt, _text(entry, answer, where), finished)
-    known = ", ".join(f"{a} and {b}" for a, b in _PAIRS)
+    known = ", ".join(f"{a} and {b}" for a, b in rows.PAIRS)
     raise ValueError(f"{where}: got {', '.join(entry) or 'no keys'}, expected {known}, or messages")
 
 
-def _conversation(messages: Any, where: str) -> Pair:
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    )
-    if not good or len(messages) < 2 or messages[-1]["role"] != "assistant":
+def _conversation(entry: dict[str, Any], fields: tuple[str, ...], where: str) -> Pair:
+    try:
+        turns = rows.turns_of(entry, fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}, the last of them the assistant's") from error
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise ValueError(
-            f"{where}: messages: got {str(messages)[:60]!r}, expected a list of role and content, the "
-            "last of them the assistant's"
+            f"{where}: {fields[0]}: got {str(entry[fields[0]])[:60]!r}, expected a list of role and "
+            "content, the last of them the assistant's"
         )
-    turns = [{"role": m["role"], "content": _text(m, "content", where)} for m in messages]
+    turns = [{"role": t["role"], "content": _text(t, "content", where)} for t in turns]
     answer = turns.pop()["content"]
     if len(turns) == 1 and turns[0]["role"] == "user":
         return Pair(turns[0]["content"], answer)
@@ -135,10 +141,3 @@ def _existing(path: str | Path, argument: str) -> Path:
     if not Path(path).is_file():
         raise ValueError(f"{argument}: got {str(path)!r}, expected an existing file")
     return Path(path)
-
-
-def _read(path: Path, argument: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{argument}: got {path}, expected UTF-8 text ({error.reason})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -73,6 +74,64 @@ def test_bad_lines_are_named_by_number(line, message, tmp_path):
     path.write_text(f'{{"prompt": "p", "answer": "a"}}\n\n{line}\n')
     with pytest.raises(ValueError, match=f"pairs.jsonl, line 3: .*{message}"):
         read_pairs(path)
+
+
+ROWS = [{"prompt": "a, b\nc", "answer": "d"}, {"prompt": "e", "answer": "f"}]
+CSV = 'prompt,answer\n"a, b\nc",d\ne,f\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps(ROWS).encode()),
+        ("a.json", json.dumps({"data": ROWS}).encode()),
+        ("a.ndjson", "\n".join(map(json.dumps, ROWS)).encode()),
+        ("marked.jsonl", b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, ROWS)).encode()),
+        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+        ("a.csv", CSV.encode()),
+        ("a.tsv", CSV.replace("prompt,answer", "prompt\tanswer").replace('c",', 'c"\t').encode()),
+    ],
+)
+def test_prompts_and_pairs_come_from_every_file_of_rows(name, content, tmp_path):
+    path = tmp_path / name
+    if name.endswith(".tsv"):
+        content = content.replace(b"e,f", b"e\tf")
+    path.write_bytes(content)
+    assert read_prompts(path) == ["a, b\nc", "e"]
+    assert read_pairs(path) == [Pair("a, b\nc", "d"), Pair("e", "f")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "want"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a"}]},
+            Pair("p", "a"),
+        ),
+        ({"prompt": "p", "response": "a"}, Pair("p", "a")),
+        ({"instruction": "p", "context": "c", "response": "a"}, Pair("p\nc", "a")),
+        (
+            {
+                "prompt": [{"role": "user", "content": "p"}],
+                "completion": [{"role": "assistant", "content": "a"}],
+            },
+            Pair("p", "a"),
+        ),
+    ],
+)
+def test_other_names_of_pairs_are_known(entry, want, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(entry) + "\n")
+    assert read_pairs(path) == [want]
+
+
+def test_lines_of_prompts_end_where_lines_end(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa\x0cb\u2028c\r\nd\r\n".encode())
+    assert read_prompts(path) == ["a\x0cb\u2028c", "d"]
+    path.write_bytes("café".encode("latin1"))
+    with pytest.raises(ValueError, match=r"prompts: got .*expected UTF-8 text"):
+        read_prompts(path)
 
 
 def test_files_without_anything_are_refused(tmp_path):
