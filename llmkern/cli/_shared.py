@@ -36,7 +36,8 @@ Dense = Annotated[
 # Panel and texts of options that mean more or less on a command line than in Python.
 DATA = "Calibration data"
 SOURCE = {
-    "help": "Text file, token tensor (.pt, .safetensors) or dataset name; built-in text by default."
+    "help": "Text, rows (.jsonl, .csv, .parquet) or tokens (.pt, .safetensors), a directory or a "
+    "dataset's name; built-in text by default."
 }
 CHECKPOINT = {"help": "Directory for the state of unfinished work, deleted once OUTPUT is written."}
 RESUME = {"help": "Go on from the checkpoint of the same command."}

@@ -26,7 +26,7 @@ from llmkern.cli._shared import (
 from llmkern.cli.report_table import print_report
 
 _MADE = (
-    *("calibration", "evaluation", "samples", "seq_len", "windows"),
+    *("calibration", "evaluation", "text_field", "samples", "seq_len", "windows"),
     *("steps", "seed", "prompts", "speed"),
 )
 

@@ -15,8 +15,8 @@ from llmkern.cli._shared import EVALUATION, PROMPT, Device, DType, Model, consol
 from llmkern.cli.report_table import print_report
 
 _CALIBRATION = {
-    "help": "Text file, token tensor (.pt, .safetensors) or dataset name, for all stages that need data; "
-    "'builtin' is the text that comes with llmkern."
+    "help": "Text, rows (.jsonl, .csv, .parquet) or tokens (.pt, .safetensors), a directory or a "
+    "dataset's name, for all stages that need data; 'builtin' is the text that comes with llmkern."
 }
 
 
@@ -30,10 +30,10 @@ def command() -> Callable[..., None]:
         resume={"help": "Go on with the run of the same command that OUTPUT holds."},
         overwrite={"help": "Delete the run or model that OUTPUT holds."},
     )
-    names = ("calibration", "evaluation", "evaluation_windows", "prompts", "speed", "sensitivity")
+    names = ("calibration", "evaluation", "evaluation_windows", "text_field", "prompts")
     measured = _options.from_dataclass(
         RunOptions,
-        dict.fromkeys(names),
+        dict.fromkeys((*names, "speed", "sensitivity")),
         calibration=_CALIBRATION,
         evaluation=EVALUATION,
         prompts=PROMPT,
@@ -66,6 +66,7 @@ def compress(
             model_dir,
             output,
             calibration=options.get("calibration"),
+            text_field=options.get("text_field"),
             dtype=parse_dtype(dtype),
             device=device,
         )

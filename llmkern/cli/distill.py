@@ -42,7 +42,10 @@ def _verb() -> _options.Verb[DistillMethod]:
     from llmkern.distill import METHODS
     from llmkern.train import TrainOptions
 
-    panels = {**dict.fromkeys(("data", "samples", "seq_len"), _DATA), "keep_zeros": _TRAINING}
+    panels = {
+        **dict.fromkeys(("data", "samples", "seq_len", "text_field"), _DATA),
+        "keep_zeros": _TRAINING,
+    }
     shared = _options.from_function(llmkern.distill, panels, data=SOURCE)
     training = _options.from_dataclass(TrainOptions, _TRAINING)
     return _options.Verb(llmkern.distill, METHODS, [*shared, *training], answers=_ANSWERS)

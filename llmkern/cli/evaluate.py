@@ -36,7 +36,16 @@ def command() -> Callable[..., None]:
 
 def evaluate(
     model_dir: Model,
-    text: Annotated[Path | None, typer.Option(help="Text file to evaluate on.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="To evaluate on: text, rows (.jsonl, .csv, .parquet), a directory or a dataset's name."
+        ),
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="Field of the rows that holds their text; chosen, and said, by default."),
+    ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help=escape("int64 [n, seq_len]: .pt, .safetensors."))
     ] = None,
@@ -68,6 +77,7 @@ def evaluate(
     from llmkern.evaluate import evaluate as run
 
     for_text = {"text": text, "tokens": tokens, "seq_len": seq_len, "reference": reference}
+    for_text["text_field"] = text_field
     for_tasks = {**options, "include_path": include_path}
     for name, value in (for_tasks if tasks is None else for_text).items():
         if value is not None:
@@ -94,6 +104,7 @@ def evaluate(
         text or tokens,
         open_tokenizer(model_dir),
         seq_len=seq_len,
+        text_field=text_field,
         reference=opened(reference) if reference else None,
         progress=True,
     ).to_dict()

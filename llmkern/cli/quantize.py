@@ -114,7 +114,15 @@ def _check_data(method: QuantizeMethod, given: dict[str, Any]) -> None:
     """Refuse data for a method that reads none."""
     if method.work.needs(_options.settings_of(method, given)).tokens:
         return
-    for name in ("calibration", "samples", "seq_len", "seed", "batch_size", "compute_dtype"):
+    for name in (
+        "calibration",
+        "samples",
+        "seq_len",
+        "seed",
+        "batch_size",
+        "compute_dtype",
+        "text_field",
+    ):
         if name in given:
             raise ValueError(
                 f"{_options.flag(name)}: got {given[name]}, expected nothing: "

@@ -66,6 +66,7 @@ def distill(
     teacher_tokenizer: Any = None,
     seq_len: int | None = None,
     samples: int | None = None,
+    text_field: str | None = None,
     progress: bool = False,
     keep_zeros: bool = True,
     **options: Any,
@@ -88,6 +89,7 @@ def distill(
             where logits are compared.
         seq_len: tokens per window; of prompt and answer together, at most.
         samples: most windows to train on; None: 4096.
+        text_field: field of the data's rows that holds their text; None chooses, and says which.
         progress: show a progress bar.
         keep_zeros: the zeros of a student's pruned layers stay zero (see `llmkern.keep_masks`).
         options: those of the method (`SoftOptions`, `HiddenOptions`, `GkdOptions`, `MiniLlmOptions`,
@@ -111,13 +113,15 @@ def distill(
     if not is_dense(student):
         raise ValueError("student: got packed layers in it, expected dense weights to train")
     if kind.answers:
-        for name, value in (("data", data), ("samples", samples)):
+        given = {"data": data, "samples": samples, "text_field": text_field}
+        for name, value in given.items():
             if value is not None:
                 raise ValueError(
                     f"{name}: not an option of method {method!r}, expected None: it trains on answers"
                 )
     texts = (data, seq_len, 4096 if samples is None else samples)
     job = DistillJob(student, teacher, tokenizer, teacher_tokenizer, *texts, training, progress)
+    job.text_field = text_field
     modes = student.training, teacher is not None and teacher.training
     if teacher is not None:
         # Dropout in the teacher would make its targets noise.
@@ -146,7 +150,7 @@ def distill(
         if teacher is not None:
             teacher.train(modes[1])
     rows = next(iter(plan.data.values()))
-    return DistillReport(method, used, len(rows), rows.shape[1], report, plan.notes)
+    return DistillReport(method, used, len(rows), rows.shape[1], report, [*job.notes, *plan.notes])
 
 
 def _described(settings: Any) -> dict[str, Any]:

@@ -107,8 +107,8 @@ class OnPolicy:
                     f"prompt_len: got {self._length}, expected at most the window of {windows.shape[1]}"
                 )
             return windows
-        for name, value in (("data", job.data), ("seq_len", job.seq_len)):
-            if value is not None:
+        for name in ("data", "seq_len", "text_field"):
+            if getattr(job, name) is not None:
                 raise ValueError(
                     f"{name}: got it with prompts, and no weight of the data; expected None"
                 )

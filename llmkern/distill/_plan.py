@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmkern.calibrate import load_windows
-from llmkern.calibrate.data import Source
+from llmkern.calibrate.data import Source, teller
 from llmkern.models import vocabulary_size
 from llmkern.train import Prepare, TrainOptions
 
@@ -26,6 +26,8 @@ class DistillJob:
         data, seq_len, samples: see `distill`.
         training: options of the loop.
         progress: show bars.
+        text_field: see `distill`.
+        notes: what was found in the data.
     """
 
     student: Any
@@ -37,6 +39,8 @@ class DistillJob:
     samples: int
     training: TrainOptions
     progress: bool
+    text_field: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def windows(self) -> Tensor:
         """Windows of the data, int64 [n, seq_len]; errors are those of `load_windows`."""
@@ -47,7 +51,9 @@ class DistillJob:
             seq_len=self.seq_len,
             samples=self.samples,
             seed=self.training.seed,
+            text_field=self.text_field,
             argument="data",
+            said=teller(self.notes, shown=self.progress),
         )
 
     def check_tokens(self) -> None:

@@ -23,6 +23,8 @@ class DataOptions:
         batch_size: windows per forward.
         compute_dtype: that blocks are run in; "auto": float32 where the processor multiplies the model's
             own dtype slowly.
+        text_field: field of the rows that holds their text, where the data has rows; None takes "text",
+            a conversation or the longest prose, and says which.
     """
 
     samples: int = 128
@@ -30,6 +32,7 @@ class DataOptions:
     seed: int = 0
     batch_size: int = 8
     compute_dtype: str = "auto"
+    text_field: str | None = None
 
 
 def find_method(methods: Sequence[_M], name: str) -> _M:

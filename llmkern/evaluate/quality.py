@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern._dtypes import dtype_name
-from llmkern.calibrate.data import Source, load_tokens
+from llmkern.calibrate.data import Source, load_tokens, teller
 from llmkern.evaluate.speed import speeds, weight_bytes
 from llmkern.models import compute_dtype, computing_in, evaluation_mode
 
@@ -65,6 +65,7 @@ def evaluate(
     tokenizer: Any = None,
     *,
     seq_len: int | None = None,
+    text_field: str | None = None,
     reference: nn.Module | None = None,
     batch_size: int = 4,
     speed: bool = True,
@@ -80,6 +81,7 @@ def evaluate(
         data: tokens or text, see `llmkern.calibrate.data`.
         tokenizer: needed for text.
         seq_len: tokens per window; by default a tensor's own width, else 512.
+        text_field: field of the data's rows that holds their text; None chooses, and says which.
         reference: the model that `model` was made from, with the same vocabulary.
         batch_size: windows per forward.
         speed: measure prefill and decoding too, in the model's own dtype.
@@ -93,7 +95,14 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    windows = load_tokens(data, model, tokenizer, seq_len=seq_len)
+    windows = load_tokens(
+        data,
+        model,
+        tokenizer,
+        seq_len=seq_len,
+        text_field=text_field,
+        said=teller(shown=progress),
+    )
     models = [model] if reference is None else [model, reference]
     totals = torch.zeros(3, dtype=torch.float64)
     dtypes = compute_dtypes(models, compute_dtype)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmkern.pipeline.stages import Stage
+from llmkern.calibrate.data import existing, is_stream
+from llmkern.pipeline.stages import Stage, source_of
 
 _CHUNK = 1 << 24
 # Entries of a config that say where a model came from, not what it is.
@@ -31,18 +32,23 @@ def of_model(model: nn.Module | Path) -> str:
 
 
 def of_source(source: Any) -> str:
-    """Of text or tokens (see `llmkern.calibrate.data`); a dataset goes by its name."""
+    """Of text, rows or tokens (see `llmkern.calibrate.data`); a dataset goes by its name.
+
+    One in memory goes by the fingerprint that its package keeps, another iterable by its class.
+    """
     if source is None:
         return "the text that comes with llmkern"
-    if isinstance(source, Tensor):
-        digest = hashlib.sha256()
-        _add_tensor(digest, source)
-        return digest.hexdigest()
-    paths = [_file(entry) for entry in ([source] if isinstance(source, str | Path) else source)]
-    if all(paths):
-        return _of_files([path for path in paths if path])
-    text = str(source)
-    return hashlib.sha256(text.encode()).hexdigest() if any(map(str.isspace, text)) else text
+    if isinstance(source, str | Path):
+        path = existing(source)
+        if path is not None:
+            return _of_files(sorted(p for p in path.rglob("*") if p.is_file()) or [path])
+        text = str(source)
+        return hashlib.sha256(text.encode()).hexdigest() if any(map(str.isspace, text)) else text
+    if is_stream(source):
+        return str(getattr(source, "_fingerprint", type(source).__name__))
+    digest = hashlib.sha256()
+    _add(digest, source)
+    return digest.hexdigest()
 
 
 def of_options(stages: Sequence[Stage[Any]]) -> dict[str, str]:
@@ -53,6 +59,10 @@ def of_options(stages: Sequence[Stage[Any]]) -> dict[str, str]:
             for path in () if name in stage.outputs else _paths(value):
                 key = f"{index}-{stage.name}.{name}"
                 found[key] = of_model(path) if path.is_dir() else of_source(path)
+        own = source_of(stage.own_data)
+        entries = own if isinstance(own, list) else [own]
+        if any(path.is_dir() for path in map(existing, filter(None, entries)) if path):
+            found[f"{index}-{stage.name}.data"] = of_source(own)
     return found
 
 
@@ -81,6 +91,22 @@ def _of_files(paths: Sequence[Path]) -> str:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Add what a source in memory holds; the files that it names count by their content."""
+    if isinstance(value, Tensor):
+        _add_tensor(digest, value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            digest.update(f"{key!r} ".encode())
+            _add(digest, item)
+    elif isinstance(value, list | tuple) and not all(isinstance(item, int) for item in value):
+        for item in value:
+            _add(digest, item)
+    else:
+        path = existing(value) if isinstance(value, str | Path) else None
+        digest.update((repr(value) if path is None else of_source(path)).encode())
 
 
 def _add_tensor(digest: Any, tensor: Tensor) -> None:

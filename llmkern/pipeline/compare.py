@@ -23,7 +23,7 @@ from torch import Tensor
 from llmkern import env
 from llmkern.assets import calibration_text, evaluation_text
 from llmkern.calibrate import load_tokens
-from llmkern.calibrate.data import Source
+from llmkern.calibrate.data import Source, check_text_field, has_fields
 from llmkern.evaluate import speeds
 from llmkern.hf import accelerate_sparse, load, save
 from llmkern.models import evaluation_mode
@@ -47,6 +47,8 @@ class CompareOptions:
         calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`); None takes the text
             that comes with llmkern.
         evaluation: the same, to measure on; None takes the held-out text that comes with llmkern.
+        text_field: field of the rows of both that holds their text, where they have rows; None chooses,
+            and says which.
         tokenizer: of the model; needed where the data is text.
         seq_len: tokens per window, of calibration and evaluation.
         samples: calibration windows.
@@ -67,6 +69,7 @@ class CompareOptions:
     methods: Sequence[str] | None = None
     calibration: Source = None
     evaluation: Source = None
+    text_field: str | None = None
     tokenizer: Any = None
     seq_len: int | None = None
     samples: int = 128
@@ -85,6 +88,7 @@ class CompareOptions:
         for name in ("samples", "windows", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        check_text_field(self.text_field, self.calibration, self.evaluation)
 
 
 def compared() -> dict[str, tuple[type[Stage[Any]], Mapping[str, Any]]]:
@@ -164,7 +168,15 @@ class _Comparison:
             "evaluation": evaluation_text() if settings.evaluation is None else settings.evaluation,
         }
         self._calibration, held_out = (
-            load_tokens(source, model, tokenizer, seq_len=settings.seq_len, argument=name)
+            load_tokens(
+                source,
+                model,
+                tokenizer,
+                seq_len=settings.seq_len,
+                text_field=settings.text_field if has_fields(source) else None,
+                argument=name,
+                said=said,
+            )
             for name, source in sources.items()
         )
         self._windows = held_out[: settings.windows]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmkern.calibrate import load_tokens
-from llmkern.calibrate.data import DEFAULT_SEQ_LEN, TOKEN_FILES, Source
+from llmkern.calibrate.data import DEFAULT_SEQ_LEN, TOKEN_FILES, Source, is_stream, is_turns
 from llmkern.drive import Findings, Shapes, Tokens
 from llmkern.hf import load_tokenizer
 from llmkern.models import chosen_dtype, context_length, vocabulary_size
@@ -133,6 +133,7 @@ def check(
     stages: Sequence[Stage[Any]],
     *,
     calibration: Source | str = None,
+    text_field: str | None = None,
     tokenizer: Any = None,
     output: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -144,6 +145,7 @@ def check(
         model: a transformers model, its config, or a directory.
         stages: of the pipeline.
         calibration: for the stages that need data and name none, as for `Pipeline.run`.
+        text_field: of the rows of `calibration`.
         tokenizer: of the model; None takes the one in its directory.
         output: where the run will be written; None leaves out the check of the disk.
         dtype: that a directory will be loaded in; None is the checkpoint's own.
@@ -165,7 +167,7 @@ def check(
     tied = tied_embeddings(original.model)
     if tied:
         result.notes.append(Finding("model", tied))
-    data = _Data(calibration, tokenizer)
+    data = _Data(calibration, text_field, tokenizer)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     before = original
     for index, stage in enumerate(stages, 1):
@@ -231,9 +233,10 @@ def shown(count: int) -> str:
 class _Data:
     """The data of the stages, each source read once."""
 
-    def __init__(self, calibration: Source | str, tokenizer: Any) -> None:
+    def __init__(self, calibration: Source | str, text_field: str | None, tokenizer: Any) -> None:
         self._calibration, self._tokenizer = calibration, tokenizer
-        self._read: dict[tuple[Any, ...], Tensor] = {}
+        self._text_field = text_field
+        self._read: dict[tuple[Any, ...], tuple[Tensor, list[str]]] = {}
 
     def of(self, stage: Stage[Any], shapes: Shapes, found: Findings) -> Tokens:
         """The windows that a stage will read, and what is wrong with them."""
@@ -250,11 +253,14 @@ class _Data:
             )
             return tokens
         source = source_of(self._calibration if stage.own_data is None else stage.own_data)
-        if _is_dataset(source):
-            found.notes.append(f"the dataset {source} is looked at when the stage begins")
+        if is_stream(source):
+            name = source if isinstance(source, str) else type(source).__name__
+            found.notes.append(f"the dataset {name} is looked at when the stage begins")
             return tokens
         with found.refusals():
-            windows = self._windows(source, shapes, seq_len)
+            field = stage.text_field(self._text_field)
+            windows, said = self._windows(source, shapes, seq_len, field)
+            found.notes += said
             tokens = Tokens(min(samples, len(windows)), windows.shape[1])
             if _in_windows(source):
                 if len(windows) < samples and "samples" in stage.options:
@@ -269,12 +275,24 @@ class _Data:
                 )
         return tokens
 
-    def _windows(self, source: Source, shapes: Shapes, seq_len: int | None) -> Tensor:
-        key = (id(self._calibration) if source is self._calibration else str(source), seq_len)
+    def _windows(
+        self, source: Source, shapes: Shapes, seq_len: int | None, text_field: str | None
+    ) -> tuple[Tensor, list[str]]:
+        """The windows, and what is said about them."""
+        name = id(self._calibration) if source is self._calibration else str(source)
+        key = name, seq_len, text_field
         if key not in self._read:
-            self._read[key] = load_tokens(
-                source, shapes.model, self._tokenizer, seq_len=seq_len, argument="calibration"
+            said: list[str] = []
+            windows = load_tokens(
+                source,
+                shapes.model,
+                self._tokenizer,
+                seq_len=seq_len,
+                text_field=text_field,
+                argument="calibration",
+                said=said.append,
             )
+            self._read[key] = windows, said
         return self._read[key]
 
 
@@ -282,14 +300,14 @@ def _in_windows(source: Any) -> bool:
     """Whether a source gives its windows itself; what a file of tokens holds is taken to be some."""
     if isinstance(source, Tensor):
         return source.dim() == 2
+    if not isinstance(source, str | Path):
+        return "input_ids" in source or (isinstance(source, Sequence) and _is_row(source[0]))
     return Path(str(source)).suffix in TOKEN_FILES
 
 
-def _is_dataset(source: Any) -> bool:
-    """Whether a source is the name of a dataset, which may have to be downloaded."""
-    if not isinstance(source, str) or any(c.isspace() for c in source):
-        return False
-    return not Path(source).suffix and not Path(source).is_file()
+def _is_row(entry: Any) -> bool:
+    """Whether an entry of a list is tokens."""
+    return isinstance(entry, Tensor | list | tuple) and not is_turns(entry)
 
 
 def _check_memory(result: Preflight, device: torch.device) -> None:

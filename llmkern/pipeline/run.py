@@ -129,6 +129,7 @@ def _preflight(
         origin.model if origin.directory is None else origin.directory,
         stages,
         calibration=options.calibration,
+        text_field=options.field_of(source_of(options.calibration)),
         tokenizer=origin.tokenizer,
         output=output,
         dtype=origin.dtype,
@@ -253,6 +254,7 @@ class _Run:
             "calibration": _fingerprint.of_source(source_of(options.calibration)),
             "evaluation": _fingerprint.of_source(source_of(options.evaluation)),
             "evaluation_windows": options.evaluation_windows,
+            "text_field": options.text_field,
             "prompts": None if options.prompts is None else list(options.prompts),
             "files": _fingerprint.of_options(self.stages),
             "dtype": None if dtype is None else dtype_name(dtype),
@@ -356,6 +358,7 @@ class _Run:
             model=model,
             tokenizer=tokenizer,
             calibration=source_of(self.options.calibration),
+            text_field=self.options.field_of(source_of(self.options.calibration)),
             original=self.origin.open,
             load=lambda directory: (self._open(Path(directory)), load_tokenizer(Path(directory))),
             checkpoint=self.where.state(f"{index}-{stage.name}"),
@@ -386,7 +389,15 @@ class _Run:
         if key not in self._read:
             source = source_of(self.options.evaluation)
             source = evaluation_text() if source is None else source
-            windows = load_tokens(source, model, tokenizer, argument="evaluation")
+            windows = load_tokens(
+                source,
+                model,
+                tokenizer,
+                samples=self.options.evaluation_windows,
+                text_field=self.options.field_of(source),
+                argument="evaluation",
+                said=self.say,
+            )
             self._read[key] = windows[: self.options.evaluation_windows].clone()
         return self._read[key]
 

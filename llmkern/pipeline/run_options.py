@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llmkern.calibrate.data import Source
+from llmkern.calibrate.data import Source, check_text_field, has_fields
 from llmkern.pipeline.preflight import Preflight
+from llmkern.pipeline.stages import source_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class RunOptions:
         evaluation: the same, to measure on, not seen by any stage; None is the held-out text that comes
             with llmkern.
         evaluation_windows: at most so many windows of it.
+        text_field: field of the rows of both that holds their text, where they have rows; None chooses,
+            and says which.
         tokenizer: of the model; None takes the one in its directory.
         prompts: to continue in the report; None takes beginnings of evaluation windows.
         dtype: to load a directory in; None is the checkpoint's own.
@@ -36,6 +39,7 @@ class RunOptions:
     calibration: Source = None
     evaluation: Source = None
     evaluation_windows: int = 64
+    text_field: str | None = None
     tokenizer: Any = None
     prompts: Sequence[str] | None = None
     dtype: torch.dtype | None = None
@@ -51,3 +55,15 @@ class RunOptions:
             raise ValueError(
                 f"evaluation_windows: got {self.evaluation_windows}, expected at least 1"
             )
+        sources = {name: source_of(getattr(self, name)) for name in ("calibration", "evaluation")}
+        for name, source in sources.items():
+            if isinstance(source, Iterator):
+                raise ValueError(
+                    f"{name}: got a {type(source).__name__}, expected a list of its texts: a run reads "
+                    "it more than once"
+                )
+        check_text_field(self.text_field, *sources.values())
+
+    def field_of(self, source: Source) -> str | None:
+        """`text_field`, where a source has rows."""
+        return self.text_field if has_fields(source) else None

@@ -69,7 +69,8 @@ def prune(
             one that `checkpoint` holds, with the same bits as without the interruption. What a method
             finds out beforehand (outliers, costs, gradients, which blocks go) it finds out again.
         options: those of the method (see its dataclass in `llmkern.prune`), and those of
-            `DataOptions`: samples, seq_len, seed, batch_size, compute_dtype.
+            `DataOptions`: samples, seq_len, seed, batch_size, compute_dtype,
+            text_field.
 
     Returns:
         The report: per layer its zeros, loss, damping and time; what was kept and why.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmkern._dtypes import dtype_name
 from llmkern.calibrate import load_windows
-from llmkern.calibrate.data import Source
+from llmkern.calibrate.data import Source, teller
 from llmkern.drive import DataOptions, Findings, Journal, Method, MethodWork, Shapes, open_journal
 from llmkern.models import compute_dtype, compute_note
 from llmkern.prune._amount import Amount
@@ -64,6 +64,8 @@ class PruneJob:
                 seq_len=self.data.seq_len,
                 samples=self.data.samples,
                 seed=self.data.seed,
+                text_field=self.data.text_field,
+                said=teller(self.report.notes, shown=self.progress),
             )
             self.report.tokens = self._windows.numel()
             self.report.window = self._windows.shape[1]

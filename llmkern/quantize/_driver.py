@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmkern._dtypes import dtype_name
 from llmkern.calibrate import load_windows
-from llmkern.calibrate.data import Source
+from llmkern.calibrate.data import Source, teller
 from llmkern.drive import (
     Layer,
     LayerRun,
@@ -83,7 +83,8 @@ def quantize(
             one that `checkpoint` holds, with the same bits as without the interruption.
         options: those of the method (`GptqOptions`: damp, act_order, group_scales, clip_search,
             true_sequential, keep_zeros; `RtnOptions`: clip_search), and where it calibrates those of
-            `DataOptions`: samples, seq_len, seed, batch_size, compute_dtype.
+            `DataOptions`: samples, seq_len, seed, batch_size, compute_dtype,
+            text_field.
 
     Returns:
         The report: per layer its format, loss, damping and time; what stayed dense and why.
@@ -118,6 +119,8 @@ def quantize(
             seq_len=data.seq_len,
             samples=data.samples,
             seed=data.seed,
+            text_field=data.text_field,
+            said=teller(report.notes, shown=progress),
         )
         report.tokens, report.window = windows.numel(), windows.shape[1]
         note = compute_note(model, dtype)

@@ -24,20 +24,20 @@ MODEL = str(assets.bundled_model_dir())
 # What a release has accepted stays accepted; "=" takes a value. Never take a line away here.
 FLAGS = {
     "compare": """
-        --methods= -o= --output= --calibration= --evaluation= --samples= --seq-len= --windows=
-        --steps= --seed= --prompt= --speed --no-speed --dtype= --device=
+        --methods= -o= --output= --calibration= --evaluation= --samples= --text-field= --seq-len=
+        --windows= --steps= --seed= --prompt= --speed --no-speed --dtype= --device=
     """,
     "compress": """
-        -o= --output= --recipe= --calibration= --evaluation= --evaluation-windows= --prompt= --speed
-        --no-speed --sensitivity --no-sensitivity --resume --no-resume --overwrite --no-overwrite
-        --dry-run --dtype= --device=
+        -o= --output= --recipe= --calibration= --evaluation= --evaluation-windows= --text-field=
+        --prompt= --speed --no-speed --sensitivity --no-sensitivity --resume --no-resume --overwrite
+        --no-overwrite --dry-run --dtype= --device=
     """,
     "demo": """
         -o= --output=
     """,
     "distill": """
         -o= --output= --method= --student= --student-layers= --student-width= --data= --samples=
-        --seq-len= --alpha= --temperature= --divergence= --beta= --hidden-weight=
+        --text-field= --seq-len= --alpha= --temperature= --divergence= --beta= --hidden-weight=
         --attention-weight= --prompts= --answers= --answers-per-prompt= --answer-batch=
         --max-new-tokens= --sample-temperature= --top-p= --stop= --answer-pattern= --chat-template
         --demonstrations= --shots= --demonstration= --template= --prompt-len= --on-policy=
@@ -47,16 +47,16 @@ FLAGS = {
         --dtype= --device= --overwrite --no-overwrite
     """,
     "eval": """
-        --text= --tokens= --seq-len= --reference= --dtype= --device= --dense --json= --tasks=
-        --limit= --num-fewshot= --batch-size= --include-path=
+        --text= --text-field= --tokens= --seq-len= --reference= --dtype= --device= --dense --json=
+        --tasks= --limit= --num-fewshot= --batch-size= --include-path=
     """,
     "generate": """
         --prompt= --max-new-tokens= --temperature= --seed= --dtype= --device= --dense
     """,
     "prune": """
-        -o= --output= --method= --sparsity= --pattern= --ratio= --calibration= --samples= --seq-len=
-        --seed= --scope= --allocation= --owl-threshold= --owl-lambda= --damp= --act-order
-        --no-act-order --bias-compensation --no-bias-compensation --true-sequential
+        -o= --output= --method= --sparsity= --pattern= --ratio= --calibration= --text-field=
+        --samples= --seq-len= --seed= --scope= --allocation= --owl-threshold= --owl-lambda= --damp=
+        --act-order --no-act-order --bias-compensation --no-bias-compensation --true-sequential
         --no-true-sequential --target-params= --importance= --compensate --no-compensate --round-to=
         --allow-uneven --no-allow-uneven --keep-first= --keep-last= --blocks= --criterion=
         --iterative --no-iterative --taylor= --parts= --gradient-samples= --recovery=
@@ -65,10 +65,10 @@ FLAGS = {
     """,
     "quantize": """
         -o= --output= --method= --bits= --group-size= --asymmetric --no-asymmetric --calibration=
-        --samples= --seq-len= --seed= --damp= --act-order --no-act-order --group-scales=
-        --clip-search --no-clip-search --true-sequential --no-true-sequential --keep-zeros
-        --no-keep-zeros --rule= --checkpoint= --resume --no-resume --dtype= --device= --overwrite
-        --no-overwrite
+        --text-field= --samples= --seq-len= --seed= --damp= --act-order --no-act-order
+        --group-scales= --clip-search --no-clip-search --true-sequential --no-true-sequential
+        --keep-zeros --no-keep-zeros --rule= --checkpoint= --resume --no-resume --dtype= --device=
+        --overwrite --no-overwrite
     """,
 }
 

@@ -42,6 +42,7 @@ class Context:
         model: as the stages before left it; a stage changes it or puts another in its place.
         tokenizer: of that model, or None.
         calibration: source of the run, for stages without one of their own.
+        text_field: of that source's rows.
         original: returns the model that the run began with, which no stage may change.
         load: returns the model of a directory, and its tokenizer or None.
         checkpoint: directory for the state of unfinished work, and perhaps with some from before.
@@ -57,6 +58,7 @@ class Context:
     checkpoint: Path | None = None
     progress: bool = False
     notes: list[str] = field(default_factory=list)
+    text_field: str | None = None
 
     def state(self) -> dict[str, Any]:
         """Options of a driver that goes on where it was, if it was."""
@@ -266,6 +268,19 @@ class Stage(Generic[_M]):
 
     def _source(self, context: Context) -> Source:
         return context.calibration if self.own_data is None else source_of(self.own_data)
+
+    def text_field(self, of_run: str | None) -> str | None:
+        """The field of its data's rows, where `of_run` is that of the run's own source."""
+        own: str | None = self.options.get("text_field")
+        return of_run if own is None and self.own_data is None else own
+
+    def _calibration(self, context: Context) -> dict[str, Any]:
+        """What a driver gets to calibrate with."""
+        return {
+            "calibration": self._source(context),
+            "text_field": self.text_field(context.text_field),
+            "tokenizer": context.tokenizer,
+        }
 
 
 def source_of(value: Any) -> Source:

@@ -158,9 +158,11 @@ class Distill(Stage[DistillMethod]):
         student, tokenizer = self._make(context)
         # A teacher whose place the student takes must not be held by the context, too.
         context.model, context.tokenizer = student, tokenizer
-        options = {k: v for k, v in self.options.items() if k not in ("student", "teacher", "data")}
+        apart = ("student", "teacher", "data", "text_field")
+        options = {k: v for k, v in self.options.items() if k not in apart}
         if self._reads_windows:
-            options["data"] = self._source(context)
+            field = self.text_field(context.text_field)
+            options |= {"data": self._source(context), "text_field": field}
         report = distill(
             student,
             teacher,
@@ -194,7 +196,7 @@ class Distill(Stage[DistillMethod]):
         narrow: dict[str, Any] = {}
         if self._narrows:
             narrow = {"width": self.student["width"], "seed": self.seed}
-            narrow |= {"calibration": self._source(context), "tokenizer": context.tokenizer}
+            narrow |= self._calibration(context)
         return make_student(
             context.model, self.student.get("layers", 1.0), **narrow
         ), context.tokenizer

@@ -92,7 +92,7 @@ class Prune(Stage[PruneMethod]):
         options = {k: v for k, v in self.options.items() if k != "calibration"}
         options = {**self.kind.undecided, **options}
         if self.needs_calibration:
-            options |= {"calibration": self._source(context), "tokenizer": context.tokenizer}
+            options |= self._calibration(context)
         options |= {"progress": context.progress, **context.state()}
         return prune(context.model, self.method, **options).to_dict()
 

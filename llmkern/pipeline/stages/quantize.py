@@ -93,7 +93,7 @@ class Quantize(Stage[QuantizeMethod]):
         context.expand_packed("to be quantized anew")
         options = {k: v for k, v in self.options.items() if k not in ("calibration", "rules")}
         if self.needs_calibration:
-            options |= {"calibration": self._source(context), "tokenizer": context.tokenizer}
+            options |= self._calibration(context)
         options |= {"progress": context.progress, **context.state()}
         report = quantize(context.model, self.method, rules=self._formats(), **options)
         return report.to_dict()
