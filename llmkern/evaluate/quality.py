@@ -78,7 +78,7 @@ def evaluate(
 
     Args:
         model: a causal language model, compressed or not.
-        data: tokens or text, see `llmkern.calibrate.data`.
+        data: tokens or text, see `llmkern.calibrate.data`; of a dataset, its first 4096 windows.
         tokenizer: needed for text.
         seq_len: tokens per window; by default a tensor's own width, else 512.
         text_field: field of the data's rows that holds their text; None chooses, and says which.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import sys
@@ -192,6 +193,10 @@ CHATS = {
     ]
     * 3,
     "bare_turns": [TURNS] * 3,
+    "columns_of_turns": [
+        {"messages": {key: [turn[key] for turn in TURNS] for key in ("role", "content")}}
+    ]
+    * 3,
     "other_name": [{"chosen": TURNS, "n": 1}] * 3,
 }
 
@@ -256,6 +261,18 @@ def generated() -> Iterator[dict[str, Any]]:
     yield from ROWS
 
 
+class Frame:
+    """A table of a package such as pandas: to iterate over it gives names of columns."""
+
+    columns = tuple(COLUMNS)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COLUMNS)
+
+    def to_dict(self, orient: str) -> Any:
+        return ROWS if orient == "records" else COLUMNS
+
+
 def batches(rows: Any) -> Any:
     return DataLoader(rows, batch_size=4)
 
@@ -266,6 +283,8 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "one_word_texts": lambda: JOINED.replace("\n\n", " ").split(" "),
     "rows": lambda: ROWS,
     "columns": lambda: COLUMNS,
+    "rows_and_texts": lambda: [{"text": PROSE[0]}, *PROSE[1:]],
+    "frame": Frame,
     "generator_of_texts": lambda: (text for text in PROSE),
     "generator_of_rows": generated,
     "loader_of_texts": lambda: batches(PROSE),
@@ -448,10 +467,16 @@ BAD_OBJECTS: dict[str, tuple[Any, str]] = {
         "entry 1: got object, expected an object with fields, a text, or tokens",
     ),
     "floats": ([[0.5, 1.5]], "input_ids: got list .*, expected a text"),
-    "text_and_tokens": (["a b", [1, 2]], "got texts and tokens mixed|expected"),
+    "text_and_tokens": (["a b", [1, 2]], "input_ids is expected, as in other entries, got text"),
+    "tokens_in_rows": ([{"input_ids": [1] * 9}, {"input_ids": "a"}], "got texts and tokens mixed"),
+    "set": ({"a b", "c d"}, "got a set, expected a list: a set has no order"),
+    "file": (io.StringIO("a b"), "got a StringIO, expected its path"),
+    "mask_of_less": ({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1]]}, "a text or tokens"),
     "path_and_text": ([__file__, "a b c"], "got 'a b c', expected the path of a text file"),
     "missing_path": ([__file__, "no/such.jsonl"], "got 'no/such.jsonl', expected the path"),
     "dataset_in_a_list": (["owner/name"], "got 'owner/name', .*a dataset is named alone"),
+    "missing_drive": ("C:\\texts\\all", "expected an existing file"),
+    "missing_deep": ("some/folder/of/texts", "expected an existing file"),
     "missing_rows": ("no_such.csv.gz", "expected an existing file"),
     "missing_with_spaces": ("my data/all of it.jsonl", "expected an existing file"),
     "missing_folder": ("./no_such_folder", "expected an existing file"),
@@ -538,6 +563,20 @@ def test_datasets_are_streamed_from_their_first_row(monkeypatch: pytest.MonkeyPa
     begin = "\n\n".join(row["body"] for row in rows[:2])
     assert all(bytes(window).decode() in begin for window in windows.tolist())
     assert said[0] == "calibration: owner/name:small: column body is read"
+
+
+def test_text_without_spaces_is_no_name_of_a_dataset() -> None:
+    text = "敏捷的棕色狐狸跳过了懒狗。" * 9
+    windows = load_tokens(text, MODEL, TOKENIZER, seq_len=WIDTH)
+    assert bytes(windows.flatten().tolist()) == text.encode()[: windows.numel()]
+
+
+@pytest.mark.parametrize("name", ["text", "json", "csv::train"])
+def test_name_of_a_reader_is_no_dataset(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    # The package would read whatever lies in the working directory.
+    fake_datasets(monkeypatch, load_dataset=lambda *names, **options: Stream(ROWS))
+    with pytest.raises(ValueError, match="a kind of files, expected their path"):
+        read(name)
 
 
 def test_datasets_given_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

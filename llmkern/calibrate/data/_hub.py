@@ -12,13 +12,15 @@ from typing import Any
 from llmkern.calibrate.data._files import Row, is_known
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")
-_NAME = re.compile(r"[^\s/\\:]+(/[^\s/\\:]+)?(:[^\s:]*){0,2}")
+# What the package reads files by; asked for one of these it would take whatever lies around.
+_BUILDERS = {"text", "json", "csv", "parquet", "arrow", "pandas", "xml", "sql", "webdataset"}
+_BUILDERS |= {"imagefolder", "audiofolder", "videofolder", "pdffolder"}
+_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[^\s:/\\]*)?(:[^\s/\\]*)?", re.ASCII)
 
 
 def is_dataset_name(text: str) -> bool:
     """Whether a text may be NAME, NAME:CONFIG or NAME:CONFIG:SPLIT of a dataset, by its form."""
-    here = text.startswith((".", "~", "/", "\\"))
-    return _NAME.fullmatch(text) is not None and not here and not is_known(Path(text))
+    return _NAME.fullmatch(text) is not None and not is_known(Path(text))
 
 
 def is_saved(directory: Path) -> bool:
@@ -45,7 +47,9 @@ def hub_rows(name: str, argument: str) -> Iterator[Row]:
         ValueError: the package is missing, or says that there is no such dataset, config or split.
     """
     datasets = _package(f"{argument}: got {name!r}, which is no file; a dataset of that name")
-    path, config, split = [*name.split(":"), "", ""][:3]
+    path, config, split = [*name.split(":", 2), "", ""][:3]
+    if path in _BUILDERS:
+        raise ValueError(f"{argument}: got {name!r}, a kind of files, expected their path")
     with _in_one_line(name, argument):
         rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
     yield from dataset_rows(rows, name, argument)

@@ -81,10 +81,12 @@ def _say_left_out(name: str, reading: Reading, total: int, empty: int, refused: 
 def _named(value: Any, place: str, name: str, reading: Reading) -> Mapping[str, Any]:
     """A row with names, also where it is nothing but a text, a conversation or tokens."""
     if isinstance(value, Mapping):
-        return value
+        return {column: _unzipped(cell) for column, cell in value.items()}
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
         value = value[0]  # a batch of (tokens, targets)
-    if value is None or isinstance(value, str):
+    if value is None:
+        return _Bare()
+    if isinstance(value, str):
         return _Bare(text=value)
     if is_turns(value):
         return _Bare(messages=value)
@@ -95,6 +97,15 @@ def _named(value: Any, place: str, name: str, reading: Reading) -> Mapping[str, 
         f"{reading.argument}: {name}, {place}: got {type(value).__name__}, expected an object with "
         "fields, a text, or tokens"
     )
+
+
+def _unzipped(value: Any) -> Any:
+    """A conversation, also where a table has made a mapping of columns of it; any other value."""
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        columns = list(value.values())
+        if all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+            return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return value
 
 
 def _choose(sample: list[Mapping[str, Any]], name: str, reading: Reading) -> _Field:
@@ -162,6 +173,10 @@ class _Field:
         Raises:
             ValueError: a value that is no text; names the row.
         """
+        if isinstance(row.value, _Bare) and row.value and self.field not in row.value:
+            raise ValueError(
+                f"{self._where(row)} is expected, as in other entries, got {next(iter(row.value))}"
+            )
         value = _lookup(row.value, self.field)
         if _empty(value):
             return []
@@ -174,7 +189,7 @@ class _Field:
         tokens = _tokens(value, row.value.get("attention_mask"))
         if tokens is None:
             got = f"{type(value).__name__} {str(value)[:40]!r}"
-            raise ValueError(f"{self._where(row)}: got {got}, expected a text")
+            raise ValueError(f"{self._where(row)}: got {got}, expected a text or tokens")
         return list(tokens)
 
     def render(self, row: Row, turns: list[Turn], refused: list[str]) -> list[Document]:
@@ -269,6 +284,8 @@ def _tokens(value: Any, mask: Any) -> list[list[int]] | None:
         kept = None if mask is None else torch.as_tensor(mask).bool()
     except (TypeError, ValueError, RuntimeError):  # ragged, or no numbers
         rows = value if isinstance(value, list | tuple) else []
+        if mask is not None and len(mask) != len(rows):
+            return None
         nested = [_tokens(row, None if mask is None else mask[i]) for i, row in enumerate(rows)]
         known = [tokens for tokens in nested if tokens]
         return list(chain.from_iterable(known)) if known and len(known) == len(nested) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,6 +81,7 @@ def read(source: Source, reading: Reading) -> Tensor | Found:
         return _check_integers(source, reading.argument)
     if isinstance(source, str | Path):
         return _of_text(source, reading)
+    source = _entries(source, reading.argument)
     if is_splits(source):
         given = f"{reading.argument}: got"
         source = one_split(source, given, f"{reading.argument}=DATASETS[SPLIT]")  # type: ignore[arg-type]
@@ -146,6 +148,18 @@ def check_text_field(text_field: str | None, *sources: Source) -> None:
         )
 
 
+def _entries(source: Any, argument: str) -> Any:
+    """A table of another package as a list of its rows; what has no rows in order is refused."""
+    for name, options in (("to_pylist", ()), ("to_dicts", ()), ("to_dict", ("records",))):
+        if hasattr(source, name) and hasattr(source, "columns"):
+            return getattr(source, name)(*options)
+    if isinstance(source, set | frozenset | io.IOBase):
+        kind = type(source).__name__
+        wanted = "its path" if isinstance(source, io.IOBase) else "a list: a set has no order"
+        raise ValueError(f"{argument}: got a {kind}, expected {wanted}")
+    return source
+
+
 def _is_array(value: Any) -> bool:
     return type(value).__module__ == "numpy" and value.dtype.kind in "iu"
 
@@ -169,8 +183,10 @@ def _is_missing(text: str) -> bool:
     line = text.strip()
     if len(line) > _LONGEST_PATH or "\n" in line:
         return False
-    bare = not any(c.isspace() for c in line)
-    return is_known(Path(line)) or (bare and ("://" in line or line.startswith((".", "~", "/"))))
+    bare = line.isascii() and not any(c.isspace() for c in line) and not is_dataset_name(line)
+    return is_known(Path(line)) or (
+        bare and (any(c in line for c in "/\\") or line.startswith((".", "~")))
+    )
 
 
 def _of_path(path: Path, reading: Reading) -> Tensor | Found:
