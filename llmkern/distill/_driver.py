@@ -28,7 +28,7 @@ class DistillReport:
         options: the method's options, as used.
         windows, window: training windows (or rows, or prompts) and the tokens of the longest.
         training: loss of each step, seconds.
-        notes: what was left out or cut.
+        notes: what was read, left out or cut.
     """
 
     method: str

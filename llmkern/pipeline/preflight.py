@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -301,7 +301,9 @@ def _in_windows(source: Any) -> bool:
     if isinstance(source, Tensor):
         return source.dim() == 2
     if not isinstance(source, str | Path):
-        return "input_ids" in source or (isinstance(source, Sequence) and _is_row(source[0]))
+        if isinstance(source, Mapping):
+            return "input_ids" in source
+        return isinstance(source, Sequence) and _is_row(source[0])
     return Path(str(source)).suffix in TOKEN_FILES
 
 

@@ -459,7 +459,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
 BAD_OBJECTS: dict[str, tuple[Any, str]] = {
     "empty_list": ([], "got an empty list"),
     "empty_mapping": ({}, "got no rows|got an object"),
-    "blank_texts": (["", " "], "got no text in it"),
+    "blank_texts": (["", " "], "got no text in the list"),
     "bytes": (b"a b c d e", "got bytes, expected text"),
     "number": (5, "got int, expected text"),
     "objects": (
@@ -515,10 +515,11 @@ def test_bad_directories_are_refused(tmp_path: Path, files: dict[str, str], mess
     [
         ([{"body": "a b", "n": 1}], "text_field: got 'x', expected one of body, n of the list"),
         (JOINED, "text_field: got 'x', expected None: data has no rows with fields"),
+        (PROSE, "text_field: got 'x', expected None: the list has no fields"),
         (None, "text_field: got 'x', expected None"),
         (WINDOWS, "text_field: got 'x', expected None"),
     ],
-    ids=["other_fields", "text", "builtin", "tokens"],
+    ids=["other_fields", "text", "texts", "builtin", "tokens"],
 )
 def test_field_that_is_not_there_is_refused(source: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

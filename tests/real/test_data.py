@@ -117,6 +117,20 @@ def test_end_tokens_that_the_text_holds_stay_where_they_are() -> None:
     assert (windows[:, 1:] == EOS).any()  # its begin token is its end token, too
 
 
+class Stubborn:
+    """Puts its tokens around every text, whatever it is told."""
+
+    bos_token, eos_token, bos_token_id, eos_token_id = "<s>", "</s>", BOS, EOS
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return tokenizer("bert")(text)
+
+
+def test_tokens_that_cannot_be_turned_off_are_moved_too(rows: Path) -> None:
+    for source in (rows, "\n\n".join(prose(60)), prose(60)):
+        check_begin(load_tokens(source, tiny(), Stubborn(), seq_len=SEQ_LEN), [BOS])
+
+
 def test_begin_tokens_in_the_text_go(rows: Path) -> None:
     text = " <s> ".join(prose(40))
     check_begin(load_tokens(text, tiny(), tokenizer(), seq_len=SEQ_LEN), [BOS])

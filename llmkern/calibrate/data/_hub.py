@@ -11,7 +11,7 @@ from typing import Any
 
 from llmkern.calibrate.data._files import Row, is_known
 
-_SAVED = ("dataset_info.json", "dataset_dict.json")
+_SAVED = ("state.json", "dataset_dict.json")
 # What the package reads files by; asked for one of these it would take whatever lies around.
 _BUILDERS = {"text", "json", "csv", "parquet", "arrow", "pandas", "xml", "sql", "webdataset"}
 _BUILDERS |= {"imagefolder", "audiofolder", "videofolder", "pdffolder"}
@@ -25,9 +25,7 @@ def is_dataset_name(text: str) -> bool:
 
 def is_saved(directory: Path) -> bool:
     """Whether `save_to_disk` has made a directory."""
-    return any((directory / name).is_file() for name in _SAVED) and not any(
-        directory.glob("*.parquet")
-    )
+    return any((directory / name).is_file() for name in _SAVED)
 
 
 def is_dataset(value: Any) -> bool:

@@ -112,8 +112,10 @@ def _choose(sample: list[Mapping[str, Any]], name: str, reading: Reading) -> _Fi
     columns = list(dict.fromkeys(column for row in sample for column in row))
     wanted = reading.text_field
     if wanted is not None:
-        if any(_there(row, wanted) for row in sample):
+        if any(_there(row, wanted) and not isinstance(row, _Bare) for row in sample):
             return _Field(wanted, name, reading)
+        if all(isinstance(row, _Bare) for row in sample):
+            raise ValueError(f"text_field: got {wanted!r}, expected None: {name} has no fields")
         raise ValueError(
             f"text_field: got {wanted!r}, expected one of {_listed(columns)} of {name}"
         )

@@ -48,7 +48,10 @@ _LONGEST_PATH = 255
 # Files of a directory that say something about its data.
 _TRAIN = frozenset({"train", "training"})
 _HELD_OUT = frozenset({"test", "testing", "validation", "valid", "val", "dev", "eval"})
-_ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog")
+_ABOUT = (
+    *("readme", "license", "licence", "notice", "citation", "changelog"),
+    *("dataset_info", "dataset_dict", "state"),
+)
 
 
 class Found(NamedTuple):
@@ -256,7 +259,7 @@ def _of_list(source: list[Any], reading: Reading) -> Tensor | Found:
         paths = [existing(entry) for entry in source]
         if any(path is not None for path in paths) or any(map(_is_path, source)):
             return _of_paths(source, paths, reading)
-        return Found((Text(text) for text in source if text.strip()), True)
+        return Found(documents(_items(source), "the list", reading), True, "the list")
     if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in source):
         return torch.tensor(source, dtype=torch.int64)
     if is_turns(source):

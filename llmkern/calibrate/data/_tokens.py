@@ -129,8 +129,11 @@ def _inside(tokenizer: Any, text: str, begin: list[int]) -> Tensor:
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     # verbose=False: that the text is longer than one window is no reason for a warning.
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return list(ids)
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    end, name = (getattr(tokenizer, key, None) for key in ("eos_token_id", "eos_token"))
+    # Some end every text, whatever they are told.
+    ended = not special and ids[-1:] == [end] and not (name and text.rstrip().endswith(name))
+    return ids[:-1] if ended else ids
 
 
 def _taken(
