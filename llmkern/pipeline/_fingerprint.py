@@ -44,8 +44,6 @@ def of_source(source: Any) -> str:
             return _of_files(sorted(p for p in path.rglob("*") if p.is_file()) or [path])
         text = str(source)
         return hashlib.sha256(text.encode()).hexdigest() if any(map(str.isspace, text)) else text
-    if is_stream(source):
-        return str(getattr(source, "_fingerprint", type(source).__name__))
     digest = hashlib.sha256()
     _add(digest, source)
     return digest.hexdigest()
@@ -97,6 +95,8 @@ def _add(digest: Any, value: Any) -> None:
     """Add what a source in memory holds; the files that it names count by their content."""
     if isinstance(value, Tensor):
         _add_tensor(digest, value)
+    elif not isinstance(value, str | bytes | int | float) and is_stream(value):
+        digest.update(str(getattr(value, "_fingerprint", type(value).__name__)).encode())
     elif isinstance(value, Mapping):
         for key, item in value.items():
             digest.update(f"{key!r} ".encode())

@@ -304,6 +304,7 @@ TOKENS: dict[str, tuple[Any, Any]] = {
     "rows_of_one_length": (WINDOWS.tolist(), WINDOWS),
     "tensors": (list(WINDOWS), WINDOWS),
     "array": (WINDOWS.numpy(), WINDOWS),
+    "array_of_16_bits": (WINDOWS.numpy().astype("uint16"), WINDOWS),
     "encoding": ({"input_ids": WINDOWS, "attention_mask": torch.ones_like(WINDOWS)}, WINDOWS),
     "encoding_of_lists": ({"input_ids": WINDOWS.tolist()}, WINDOWS),
     "tokenized_rows": ([{"input_ids": r, "text": "x"} for r in WINDOWS.tolist()], WINDOWS),
@@ -461,6 +462,8 @@ BAD_OBJECTS: dict[str, tuple[Any, str]] = {
     "empty_mapping": ({}, "got no rows|got an object"),
     "blank_texts": (["", " "], "got no text in the list"),
     "bytes": (b"a b c d e", "got bytes, expected text"),
+    "array_of_floats": (np.ones((2, 8)), r"got float64 \[2, 8\], expected int64"),
+    "array_of_one_number": (np.array(5), r"got int64 \[\], expected int64"),
     "number": (5, "got int, expected text"),
     "objects": (
         [object()],

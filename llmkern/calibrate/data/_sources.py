@@ -45,9 +45,10 @@ Source = Tensor | str | Path | Mapping[str, Any] | Iterable[Any] | None
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 # Longest text that is taken for the path of a file that is not there.
 _LONGEST_PATH = 255
-# Files of a directory that say something about its data.
+# Words of a path that name a split.
 _TRAIN = frozenset({"train", "training"})
 _HELD_OUT = frozenset({"test", "testing", "validation", "valid", "val", "dev", "eval"})
+# Files of a directory that say something about its data.
 _ABOUT = (
     *("readme", "license", "licence", "notice", "citation", "changelog"),
     *("dataset_info", "dataset_dict", "state"),
@@ -78,8 +79,9 @@ def read(source: Source, reading: Reading) -> Tensor | Found:
         source = calibration_text()
     if isinstance(source, os.PathLike):
         source = Path(source)
-    if hasattr(source, "__array__") and not isinstance(source, Tensor) and _is_array(source):
-        source = torch.from_numpy(source)
+    if _is_array(source):
+        integers = source.dtype.kind in "iu"  # type: ignore[union-attr]
+        source = torch.as_tensor(source.astype("int64") if integers else source)  # type: ignore[union-attr]
     if isinstance(source, Tensor):
         return _check_integers(source, reading.argument)
     if isinstance(source, str | Path):
@@ -164,7 +166,8 @@ def _entries(source: Any, argument: str) -> Any:
 
 
 def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and value.dtype.kind in "iu"
+    """Whether a value is an array of numbers."""
+    return type(value).__module__ == "numpy" and value.dtype.kind in "iufb"
 
 
 def _of_text(source: str | Path, reading: Reading) -> Tensor | Found:
