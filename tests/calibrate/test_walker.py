@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import dtype_name
 from llmkern.calibrate import Block, HessianStatistic, Statistic, walk
 from llmkern.models import block_linears, find_blocks
 from llmkern.testing import TensorPeak, assert_matches
@@ -75,7 +76,7 @@ def test_hessians_equal_those_of_a_plain_forward(dtype: torch.dtype, tokens: Ten
                 assert_matches(statistic.finish(), spec, like)
                 checked.append(name)
 
-    walk(model, tokens, stage, batch_size=4)
+    walk(model, tokens, stage, batch_size=4, compute=dtype_name(dtype))
     assert len(checked) == 7 * LAYERS
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import llmkern
 from llmkern import evaluate as evaluate_function
 from llmkern import quantize
+from llmkern._dtypes import dtype_name
 from llmkern.evaluate import evaluate, quality, weight_bytes
 
 VOCAB = 96
@@ -72,7 +73,8 @@ def test_perplexity_and_kl_equal_an_independent_computation(
 ) -> None:
     monkeypatch.setattr(quality, "_CHUNK", 7 * VOCAB)  # chunks that end inside a window
     model, reference = tiny().to(dtype), tiny().to(dtype)
-    result = evaluate(model, tokens, reference=reference, batch_size=batch_size, speed=False)
+    own = {"compute_dtype": dtype_name(dtype)}
+    result = evaluate(model, tokens, reference=reference, batch_size=batch_size, speed=False, **own)
     with torch.no_grad():
         p, q = (m(input_ids=tokens).logits[:, :-1].double() for m in (reference, model))
     nll = F.cross_entropy(q.flatten(0, 1), tokens[:, 1:].flatten())
