@@ -15,7 +15,7 @@ from llmkern.distill._plan import DistillJob
 from llmkern.distill._student import is_dense
 from llmkern.drive import find_method, sort_options
 from llmkern.masks import keep_masks, pruned_layers
-from llmkern.models import float32_parameters
+from llmkern.models import check_writes_text, float32_parameters
 from llmkern.train import TrainOptions, TrainReport, fit
 
 
@@ -100,9 +100,11 @@ def distill(
 
     Raises:
         ValueError: an unknown method or option or one out of range, different tokenizers or
-            vocabularies, a student with packed layers, bad data, a checkpoint of other settings.
+            vocabularies, a student with packed layers, bad data, a checkpoint of other settings; a model
+            that reads or writes no text.
         FloatingPointError: the loss became NaN; the last checkpoint is left alone.
-        NotImplementedError: checkpoints or sampling from the student under FSDP.
+        NotImplementedError: checkpoints or sampling from the student under FSDP; an encoder-decoder
+            model.
 
     Source: Hinton et al. 2015, arXiv 1503.02531; Kim & Rush 2016, arXiv 1606.07947 (sequence level);
     Gu et al. 2023, arXiv 2306.08543 (MiniLLM); Agarwal et al. 2023, arXiv 2306.13649 (GKD); Huang et al.
@@ -110,6 +112,9 @@ def distill(
     """
     kind = find_method(METHODS, method)
     settings, training = sort_options(kind, options, TrainOptions)
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is not None:
+            check_writes_text(model, name)
     if not is_dense(student):
         raise ValueError("student: got packed layers in it, expected dense weights to train")
     if kind.answers:

@@ -49,11 +49,7 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         ValueError: there is no list of blocks in it.
         NotImplementedError: it is an encoder-decoder model.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise NotImplementedError(
-            f"model: got the encoder-decoder {type(model).__name__}, expected a causal language model"
-        )
+    _check_one_stack(model, "model")
     decoder = _decoder(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     best: DecoderBlocks | None = None
@@ -68,6 +64,51 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
             f"model: got {type(model).__name__}, in which no nn.ModuleList of decoder blocks was found"
         )
     return best
+
+
+def check_reads_text(model: nn.Module, argument: str = "model") -> None:
+    """Refuse a model that cannot be run on token ids alone.
+
+    Args:
+        model: any module; one that says nothing about its inputs passes.
+        argument: what error messages call it.
+
+    Raises:
+        NotImplementedError: it is an encoder-decoder model.
+        ValueError: it reads pictures or sounds, and no text beside them.
+    """
+    _check_one_stack(model, argument)
+    reads = getattr(model, "main_input_name", None)
+    known = inspect.signature(model.forward).parameters
+    if reads in known and "input_ids" not in known:
+        raise ValueError(
+            f"{argument}: got {type(model).__name__}, which reads {reads}, expected a causal language "
+            "model"
+        )
+
+
+def check_writes_text(model: nn.Module, argument: str = "model") -> None:
+    """Refuse a model whose logits are not of the next token, by what transformers says of its class.
+
+    Raises:
+        NotImplementedError: it is an encoder-decoder model.
+        ValueError: it reads no text, or does not generate any (masked language models, classifiers).
+    """
+    check_reads_text(model, argument)
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and not can_generate():
+        raise ValueError(
+            f"{argument}: got {type(model).__name__}, which does not generate text, expected a causal "
+            "language model"
+        )
+
+
+def _check_one_stack(model: nn.Module, argument: str) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{argument}: got the encoder-decoder {type(model).__name__}, expected a causal language "
+            "model"
+        )
 
 
 def _decoder(model: nn.Module) -> nn.Module:

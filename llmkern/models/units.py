@@ -21,7 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.models.blocks import block_linears, evaluation_mode, find_blocks, vocabulary_size
+from llmkern.models.blocks import (
+    block_linears,
+    check_reads_text,
+    evaluation_mode,
+    find_blocks,
+    vocabulary_size,
+)
 from llmkern.models.linears import bias_of, find_linears, shape_of, weight_rows
 
 _PROBE_TOKENS = 8
@@ -79,9 +85,10 @@ def find_units(model: nn.Module) -> list[list[Units]]:
             decide, which tells kinds and numbers of units, but not how a fused projection is arranged.
 
     Raises:
-        ValueError: the blocks were not found, or not run; NaN or Inf in their activations (the layer is
-            named).
+        ValueError: the model reads no text; the blocks were not found, or not run; NaN or Inf in their
+            activations (the layer is named).
     """
+    check_reads_text(model)
     blocks = find_blocks(model)
     found: list[list[Units]] = []
     with torch.no_grad(), evaluation_mode(model):

@@ -8,10 +8,29 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from llmkern.calibrate import Block, walk
-from llmkern.models import block_linears, context_length, find_blocks, vocabulary_size
+from llmkern.models import (
+    block_linears,
+    check_reads_text,
+    check_writes_text,
+    context_length,
+    find_blocks,
+    vocabulary_size,
+)
 from llmkern.nn import IntLinear
 
 VOCAB = 96
@@ -203,3 +222,43 @@ def test_models_without_decoder_blocks_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         find_blocks(make())
+
+
+_LLAMA = LlamaConfig(**_GQA)
+_BERT = BertConfig(**_BASE)
+_VIT = ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+_T5 = T5Config(vocab_size=8, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
+# class, config, and what is wrong with it where text is read, and where it is to be written
+OTHERS: dict[str, tuple[Any, Any, str | None, str | None]] = {
+    "causal": (LlamaForCausalLM, _LLAMA, None, None),
+    "masked": (
+        BertForMaskedLM,
+        _BERT,
+        None,
+        "student: got BertForMaskedLM, which does not generate",
+    ),
+    "classifier": (LlamaForSequenceClassification, _LLAMA, None, "which does not generate text"),
+    "pictures": (
+        ViTForImageClassification,
+        _VIT,
+        *["student: got ViT.*, which reads pixel_values"] * 2,
+    ),
+    "two_stacks": (T5ForConditionalGeneration, _T5, *["student: got the encoder-decoder T5"] * 2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_reads_or_writes_no_text_is_refused(kind: str) -> None:
+    model_class, config, reading, writing = OTHERS[kind]
+    with torch.device("meta"):
+        model = model_class(config)
+    for check, message in ((check_reads_text, reading), (check_writes_text, writing)):
+        if message is None:
+            check(model, "student")
+        else:
+            with pytest.raises((ValueError, NotImplementedError), match=message):
+                check(model, "student")
+
+
+def test_a_module_that_says_nothing_of_itself_passes() -> None:
+    check_writes_text(nn.Linear(2, 2))

@@ -39,7 +39,7 @@ from llmkern.calibrate.data._sources import (
     read,
 )
 from llmkern.calibrate.data._tokens import Stream, tokenize
-from llmkern.models import context_length, vocabulary_size
+from llmkern.models import check_reads_text, context_length, vocabulary_size
 
 __all__ = [
     "DEFAULT_SEQ_LEN",
@@ -97,10 +97,12 @@ def load_windows(
     Raises:
         ValueError: the source is empty, unreadable or shorter than one window, has no such field,
             holds conversations and the tokenizer has no chat template, holds a token outside the
-            vocabulary, or the window is longer than the model's context.
+            vocabulary, or the window is longer than the model's context; the model reads no text.
+        NotImplementedError: an encoder-decoder model.
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
+    check_reads_text(model)
     seq_len = _check_seq_len(seq_len, model)
     length = seq_len or _default_seq_len(model)
     reading = Reading(tokenizer, argument, text_field, said or teller(shown=False))
@@ -135,6 +137,7 @@ def load_tokens(
         samples: windows after which a dataset or an iterable is not read on, 4096 by default. Files
             and tensors are read whole.
     """
+    check_reads_text(model)
     seq_len = _check_seq_len(seq_len, model)
     length = seq_len or _default_seq_len(model)
     reading = Reading(tokenizer, argument, text_field, said or teller(shown=False))
