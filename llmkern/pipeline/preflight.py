@@ -23,7 +23,7 @@ from llmkern.calibrate import load_tokens
 from llmkern.calibrate.data import DEFAULT_SEQ_LEN, TOKEN_FILES, Source, is_stream, is_turns
 from llmkern.drive import Findings, Shapes, Tokens
 from llmkern.hf import load_tokenizer
-from llmkern.models import chosen_dtype, context_length, vocabulary_size
+from llmkern.models import check_writes_text, chosen_dtype, context_length, vocabulary_size
 from llmkern.pipeline._shapes import read_shapes, tied_embeddings
 from llmkern.pipeline.stages import Stage, source_of
 
@@ -44,7 +44,8 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.stage}: {self.text}"
+        own = f"{self.stage}: "
+        return self.text if self.text.startswith(own) else f"{own}{self.text}"
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def check(
     original: Shapes | None = None
     with found.refusals():
         original = read_shapes(model, dtype)
-    if original is None:
+        check_writes_text(original.model)  # each stage's result is measured on text
+    if original is None or found.errors:
         result.errors += [Finding("model", text) for text in found.errors]
         return result
     if tokenizer is None and isinstance(model, str | Path):

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
-from transformers import T5Config
+from transformers import AutoModelForMaskedLM, T5Config
 
 import llmkern
 from llmkern.distill import make_student
@@ -216,7 +216,13 @@ def test_student_with_another_vocabulary(tmp_path: Path) -> None:
 
 def test_encoder_decoder(tmp_path: Path) -> None:
     text = only_error(found(T5Config(), Prune("magnitude", sparsity=0.5)))
-    assert text.startswith("model: model: got the encoder-decoder T5Config")
+    assert text.startswith("model: got the encoder-decoder T5Config")
+
+
+def test_model_whose_perplexity_means_nothing() -> None:
+    bert = AutoModelForMaskedLM.from_config(tiny_models.tiny_config("bert"))
+    text = only_error(found(bert, Quantize("rtn")))
+    assert text.startswith("model: got BertForMaskedLM, which does not generate text")
 
 
 def test_no_model(tmp_path: Path) -> None:
