@@ -1,12 +1,13 @@
 """Rewrite the documents' tables, so that none is typed by hand: numbers from bench/results/, methods from
-what the drivers list.
+what the drivers list, models from tests/real/outcomes.json.
 
-python scripts/update_tables.py            rewrites README.md and docs/benchmarks.md
+python scripts/update_tables.py            rewrites README.md, docs/benchmarks.md and docs/models.md
 python scripts/update_tables.py --check    fails if they are not what the results say
 
-A table stands between `<!-- results: FILE BENCH -->` or `<!-- methods -->` and `<!-- end -->`. BENCH:grid
-has a column per number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x
-N) only; BENCH:short is that without the other contenders. "quality:SUITE" is a suite of bench/quality.py,
+A table stands between `<!-- results: FILE BENCH -->`, `<!-- methods -->` or `<!-- models: VERB, VERB
+-->` and `<!-- end -->`; "models: reasons" lists what the cells of such tables number. BENCH:grid has a
+column per number of rows of x instead of a row per case, BENCH:grid:4096x14336 of this weight (K x N)
+only; BENCH:short is that without the other contenders. "quality:SUITE" is a suite of bench/quality.py,
 "quality:SUITE:TEXT" its variants whose name holds the text, "quality:order" its orders; "stages" a
 pipeline's report.json.
 """
@@ -27,8 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/models.md")
+OUTCOMES = ROOT / "tests" / "real" / "outcomes.json"
 METHODS = re.compile(r"(<!-- methods -->\n).*?(<!-- end -->)", re.DOTALL)
+MODELS = re.compile(r"(<!-- models: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -236,6 +239,31 @@ def methods_table() -> str:
     return _render(table)
 
 
+def models_table(what: str) -> str:
+    """What each architecture can do: a column per verb of `what`, or the reasons that cells number."""
+    made = json.loads(OUTCOMES.read_text())
+    rows: dict[str, dict[str, str]] = made["outcomes"]
+    reasons = dict.fromkeys(_reason(rows[name].get(v, "")) for v in made["verbs"] for name in rows)
+    numbers = {reason: str(i) for i, reason in enumerate(filter(None, reasons), 1)}
+    if what == "reasons":
+        versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        listed = "".join(f"{number}. `{reason}`\n" for reason, number in numbers.items())
+        return f"{listed}\nMade with {versions}.\n"
+    verbs = what.split(", ")
+    signs = {"works": "✓", "none": "–", "": "✗"}
+    table = Table("", *verbs, box=box.MARKDOWN)
+    for name, row in rows.items():
+        cells = (row.get(verb, "") for verb in verbs)
+        table.add_row(name, *(numbers.get(_reason(c)) or signs[c.partition(":")[0]] for c in cells))
+    return _render(table)
+
+
+def _reason(outcome: str) -> str:
+    """Why a cell is refused; a dry run names the stages, too, and is then of the same reason."""
+    refused, _, reason = outcome.partition("refused: ")
+    return "" if refused else re.sub(r"(?<!\S)(\d+-\w+|model): (?=\S+: )", "", reason)
+
+
 def _block(match: re.Match[str]) -> str:
     start, file, bench, end = match.groups()
     record = json.loads((ROOT / "bench" / "results" / file).read_text())
@@ -259,10 +287,11 @@ def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> 
         document = ROOT / name
         old = document.read_text(encoding="utf-8")
         new = METHODS.sub(lambda m: f"{m[1]}{methods_table()}{m[2]}", BLOCK.sub(_block, old))
+        new = MODELS.sub(lambda m: f"{m[1]}{models_table(m[2])}{m[3]}", new)
         if check and new != old:
             raise SystemExit(
-                f"{name}: its tables are not those of bench/results/ and the methods; run "
-                "update_tables.py"
+                f"{name}: its tables are not those of bench/results/, the methods and the tested models; "
+                "run update_tables.py"
             )
         document.write_text(new, encoding="utf-8")
 

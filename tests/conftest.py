@@ -89,6 +89,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail GPU tests where there is no CUDA device"
     )
+    parser.addoption(
+        "--update-models",
+        action="store_true",
+        help="write what tests/real/test_architectures.py finds into its outcomes.json",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
