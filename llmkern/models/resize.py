@@ -118,8 +118,8 @@ def unit_overrides(
         reasons.append(f"{odd} would be {got.get(odd)}, not {wanted[odd]}")
     what = "key/value heads" if units.kind == "attention" else "neurons"
     raise ValueError(
-        f"{name or units.consumer}: {type(model).__name__} cannot be built with {count} of "
-        f"{len(units)} {what}" + (f": {reasons[-1]}" if reasons else "")
+        f"{name or units.consumer}: got {type(model).__name__}, which cannot be built with {count} of "
+        f"{len(units)} {what}{f' ({reasons[-1]})' if reasons else ''}, expected a class that can"
     )
 
 
@@ -266,8 +266,8 @@ def _check_depth(model: nn.Module, built: nn.Module, kept: Sequence[int]) -> Non
     odd = next((n for n in (*wanted, *got) if got.get(n) != wanted.get(n)), None)
     if odd is not None:
         raise ValueError(
-            f"model: {type(model).__name__} cannot be built with blocks {list(kept)} alone: {odd} would "
-            f"be {got.get(odd)}, not {wanted.get(odd)}"
+            f"model: got {type(model).__name__}, which cannot be built with blocks {list(kept)} alone "
+            f"({odd} would be {got.get(odd)}, not {wanted.get(odd)}), expected a class that can"
         )
 
 

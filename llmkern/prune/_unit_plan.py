@@ -70,10 +70,10 @@ def _missing(kinds: Sequence[str], found: list[Units]) -> str:
             f"got an MLP of two matrices ({first}, {plain.consumer}), expected gate, up and down: "
             "method 'mlp' prunes it"
         )
-    names = {"glu": "gate, up and down", "mlp": "an MLP", "attention": "attention heads"}
+    names = {"glu": "gate, up and down", "mlp": "MLP", "attention": "attention heads"}
     return (
-        f"got no {' or '.join(names[kind] for kind in kinds)} of dense linears in it: packed layers, MoE "
-        "experts and latent attention are not pruned"
+        f"got no {' or '.join(names[kind] for kind in kinds)} of dense linears in it, expected "
+        "some in each block: packed layers, MoE experts and latent attention are not pruned"
     )
 
 

@@ -108,7 +108,8 @@ def _choices(layers: Sequence[Layer]) -> str:
             parts.append(f"{what} and can lose {shown} of them")
         else:
             parts.append(f"{what} and can lose none")
-    return f"which rounds to nothing: {'; '.join(parts)}"
+    expected = "such a fraction" if any(len(la.allowed) > 1 for la in layers) else "another method"
+    return f"which rounds to nothing: {'; '.join(parts)}; expected {expected}"
 
 
 def uneven_counts(layers: Sequence[Layer], costs: Sequence[Tensor], remove: int) -> list[int]:

@@ -255,7 +255,7 @@ def test_what_cannot_be_done_is_refused_before_anything_changes(
         (
             "gpt2",
             "heads",
-            r"transformer.h.0.attn.c_proj: GPT2LMHeadModel cannot be built with 2 of 4",
+            r"transformer.h.0.attn.c_proj: got GPT2LMHeadModel, which cannot be built with 2 of 4",
         ),
     ],
 )
