@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmkern.hf._architecture import find_model_class, read_config
 from llmkern.masks import forget_filled
 from llmkern.models import resize_blocks
 from llmkern.models.resize import ENTRY
@@ -16,6 +17,12 @@ from llmkern.wire.checkpoint_files import CheckpointFiles, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Files that only a tokenizer has; those of older ones have no "tokenizer" in their names.
+_TOKENIZERS = (
+    *("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "tekken.json", "*.tiktoken"),
+    *("sentencepiece*.model",),
+)
 
 
 def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -39,25 +46,17 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
             scales with NaN or Inf (named); a quantization scheme that llmkern does not read (named);
             weights or code that would have to be executed.
     """
-    import transformers
-
     if kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code: got True, expected no remote code: it is never run")
     files = read_checkpoint(directory)
     wire = reading_wire(files)
     reader = None if wire is None else wire.reader(files)
-    config = transformers.AutoConfig.from_pretrained(files.directory, trust_remote_code=False)
+    config = read_config(files)
     if reader is not None:
         from llmkern.wire._hook import METHOD
 
         config.quantization_config = {"quant_method": METHOD, "reader": reader}
-    # An architecture outside transformers would need code from the directory.
-    name = (files.config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise ValueError(
-            f"{files.directory}: architectures: got {name!r}, which transformers lacks"
-        )
+    model_class = find_model_class(files, config)
     try:
         model, info = _with_widths(model_class, files).from_pretrained(
             files.directory,
@@ -80,12 +79,22 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer beside a model, or None where there is none."""
+    """The tokenizer beside a model, or None where there is none.
+
+    Raises:
+        ValueError: there is one that cannot be read, for want of a package or of code that would have
+            to be executed.
+    """
     from transformers import AutoTokenizer
 
-    if not any(Path(directory).glob("tokenizer*")):
+    path = Path(directory).expanduser()
+    if not any(found for pattern in _TOKENIZERS for found in path.glob(pattern)):
         return None
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever the code of a tokenizer raises
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: got a tokenizer that cannot be read: {text}") from error
 
 
 def _with_widths(model_class: Any, files: CheckpointFiles) -> Any:

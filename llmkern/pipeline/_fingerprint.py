@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmkern.calibrate.data import existing, is_stream
 from llmkern.pipeline.stages import Stage, source_of
+from llmkern.wire.checkpoint_files import CONFIG, weight_files
 
 _CHUNK = 1 << 24
 # Entries of a config that say where a model came from, not what it is.
@@ -22,7 +23,7 @@ _ORIGIN = ("_name_or_path", "transformers_version")
 def of_model(model: nn.Module | Path) -> str:
     """Of a model in memory, or of the config and weights in a directory."""
     if isinstance(model, Path):
-        return _of_files([model / "config.json", *sorted(model.glob("*.safetensors"))])
+        return _of_files([model / CONFIG, *weight_files(model)])
     entries = {k: v for k, v in model.config.to_dict().items() if k not in _ORIGIN}  # type: ignore[operator,union-attr]
     digest = hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
@@ -70,7 +71,7 @@ def _paths(value: Any) -> Iterator[Path]:
             path = _file(entry)
             if path is not None:
                 yield path
-            elif len(entry) < 4096 and (Path(entry) / "config.json").is_file():
+            elif len(entry) < 4096 and (Path(entry) / CONFIG).is_file():
                 yield Path(entry)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
+from llmkern._dtypes import FLOATS_BY_NAME
 from llmkern.drive import Shapes
 from llmkern.evaluate import weight_bytes
+from llmkern.hf import find_model_class, read_config
 from llmkern.models import changed_config, find_blocks, skeleton
 from llmkern.models.heads import tied_embedding
 from llmkern.models.resize import resize_blocks
 from llmkern.nn import is_packed
+from llmkern.wire import reading_wire
 from llmkern.wire.checkpoint_files import CheckpointFiles, read_checkpoint
 
 
@@ -47,37 +50,44 @@ def read_shapes(model: Any, dtype: torch.dtype | None = None) -> Shapes:
 
 
 def _of_directory(files: CheckpointFiles, dtype: torch.dtype | None) -> Shapes:
-    from transformers import AutoConfig
+    wire = reading_wire(files)
+    if wire is not None:
+        wire.reader(files)  # refuses what loading would
+    config = read_config(files)
+    kind = find_model_class(files, config)
+    stored = sum(path.stat().st_size for path in files.files)
+    made = _built(config, kind, dtype or stored_dtype(files))
+    return Shapes(made, stored=stored, packed=wire is not None, name=str(files.directory))
 
-    config = AutoConfig.from_pretrained(files.directory, trust_remote_code=False)
-    name = (files.config.get("architectures") or [None])[0]
-    packed = bool(files.config.get("quantization_config"))
-    stored = sum(p.stat().st_size for p in Path(files.directory).glob("*.safetensors"))
-    made = _built(config, name, dtype)
-    return Shapes(made, stored=stored, packed=packed, name=str(files.directory))
+
+def stored_dtype(files: CheckpointFiles) -> torch.dtype:
+    """The dtype that a directory is loaded in: its config's, or that of most of its float tensors."""
+    entry = files.config.get("dtype") or files.config.get("torch_dtype")
+    named = FLOATS_BY_NAME.get(str(entry))
+    if named is not None:
+        return named
+    floats = Counter(info.torch_dtype for info in files.tensors.values() if info.torch_dtype)
+    return floats.most_common(1)[0][0] if floats else torch.float32
 
 
-def _built(config: Any, name: str | None, dtype: torch.dtype | None) -> nn.Module:
+def _built(config: Any, kind: Any, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
     if getattr(config, "is_encoder_decoder", False):
+        name = type(config).__name__ if kind is None else kind.__name__
         raise NotImplementedError(
-            f"model: got the encoder-decoder {name or type(config).__name__}, expected a causal "
-            "language model"
+            f"model: got the encoder-decoder {name}, expected a causal language model"
         )
     plain = changed_config(config, {})
-    own = getattr(transformers, name or "", None)
-    if name is not None and own is None:
-        raise ValueError(f"model: got {name!r}, a class that transformers lacks")
     with torch.device("meta"):
         auto: Any = transformers.AutoModelForCausalLM
-        made = auto.from_config(plain) if own is None else own(plain)
+        made = auto.from_config(plain) if kind is None else kind(plain)
         resize_blocks(made, type(made), plain)
     find_blocks(made)
-    kind = dtype or getattr(config, "dtype", None) or torch.float32
-    if isinstance(kind, str):  # as the file has it
-        kind = getattr(torch, kind)
-    return made.eval().to(kind)  # type: ignore[no-any-return]
+    own = dtype or getattr(config, "dtype", None) or torch.float32
+    if isinstance(own, str):  # as the file has it
+        own = getattr(torch, own)
+    return made.eval().to(own)  # type: ignore[no-any-return]
 
 
 def tied_embeddings(model: Any) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmkern.evaluate import compute_dtypes, evaluate, next_token_logits, score_logits
 from llmkern.models import computing_in, evaluation_mode, find_blocks, text_config
 from llmkern.nn import is_packed
+from llmkern.wire.checkpoint_files import weight_files
 
 NEW_TOKENS = 64
 _PROMPT_TOKENS = 24
@@ -62,8 +63,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def file_bytes(directory: Path) -> int:
-    """Bytes of the safetensors files in a directory."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    """Bytes of the weight files that loading a directory reads."""
+    return sum(path.stat().st_size for path in weight_files(directory))
 
 
 def beginnings(windows: Tensor, tokenizer: Any) -> list[str]:

@@ -16,6 +16,9 @@ from llmkern.wire.bitsandbytes import Bitsandbytes
 from llmkern.wire.checkpoint_files import CheckpointFiles
 from llmkern.wire.compressed_tensors import CompressedTensors
 
+# Formats of others that transformers expands to dense weights when it is asked to.
+_DEQUANTIZED = ("fp8", "fbgemm_fp8", "mxfp4", "gguf")
+
 # In the order in which they are tried.
 WIRES: list[Wire] = [CompressedTensors(), Bitsandbytes()]
 
@@ -28,14 +31,40 @@ def reading_wire(files: CheckpointFiles) -> Wire | None:
     """
     entry = files.config.get("quantization_config")
     if entry is None:
+        _refuse_nested(files)
         return None
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"{files.directory}: quantization_config: got {entry!r}, expected an object"
+        )
     for wire in WIRES:
         if wire.reads(files):
             return wire
     raise ValueError(
         f"{files.directory}: quant_method: got {entry.get('quant_method')!r}, expected "
-        f"{' or '.join(repr(wire.name) for wire in WIRES)}"
+        f"{' or '.join(repr(wire.name) for wire in WIRES)}; {_way_out(entry.get('quant_method'))}"
     )
+
+
+def _refuse_nested(files: CheckpointFiles) -> None:
+    """Refuse a quantized part of a model: of its text decoder, say."""
+    for name, part in files.config.items():
+        entry = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(entry, dict):
+            method = entry.get("quant_method")
+            raise ValueError(
+                f"{files.directory}: {name}.quantization_config: got {method!r}, expected weights that "
+                f"are not quantized, or a quantization_config of the whole model; {_way_out(method)}"
+            )
+
+
+def _way_out(method: object) -> str:
+    if method in _DEQUANTIZED:
+        return (
+            "transformers loads it dense with quantization_config=<its config class>(dequantize=True), "
+            "and llmkern.save writes that"
+        )
+    return "give the model that it was made from, in 16 bits"
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
