@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import IO, TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 import typer
 from rich.console import Console
 
+from llmkern._progress import STDERR, STDOUT
+
 if TYPE_CHECKING:
     import torch
 
-console = Console()
-notes = Console(stderr=True, soft_wrap=True)
+console = Console(file=cast("IO[str]", STDOUT))
+notes = Console(file=cast("IO[str]", STDERR), soft_wrap=True)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL_DIR", help="Directory of a Hugging Face model.")

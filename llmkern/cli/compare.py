@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmkern._progress import note
 from llmkern.cli import _options
 from llmkern.cli._shared import (
     EVALUATION,
@@ -19,7 +20,6 @@ from llmkern.cli._shared import (
     DType,
     Model,
     console,
-    notes,
     open_model,
     open_tokenizer,
 )
@@ -72,7 +72,7 @@ def compare(
     output.mkdir(parents=True, exist_ok=True)
     report = run(
         open_model(model_dir, dtype, device),
-        said=lambda text: notes.print(text, markup=False, highlight=False),
+        said=note,
         methods=chosen,
         tokenizer=open_tokenizer(model_dir),
         progress=True,

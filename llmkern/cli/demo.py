@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
+from llmkern._progress import lines_every
 from llmkern.cli._shared import console
+
+# Between two lines of progress, where standard error is no terminal.
+_SECONDS = 10.0
 
 
 def demo(
@@ -19,4 +23,5 @@ def demo(
     """Prune, quantize and distill the bundled model, and report what each stage bought and cost."""
     from llmkern.demo import run
 
-    run(output, console)
+    with lines_every(_SECONDS):
+        run(output, console)

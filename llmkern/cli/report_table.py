@@ -22,7 +22,7 @@ _SPARED = ("peak", "parameters", "memory", "prefill", "top1")
 def print_report(report: PipelineReport) -> None:
     """Print one row per stage, with as many columns as the terminal has room for."""
     # Where nobody looks at it, such as in a log, a table is not squeezed into 80 columns.
-    wide = console if console.is_terminal else Console(width=160)
+    wide = console if console.is_terminal else Console(file=console.file, width=160)
     unlimited = wide.options.update(max_width=1000)
     for spared in range(len(_SPARED) + 1):
         table = report_table(report, _SPARED[:spared])

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
+from llmkern._progress import Bar
 from llmkern.distill._generate import (
     SamplingOptions,
     check_room,
@@ -221,12 +222,10 @@ class _Writer:
     def __init__(
         self, path: Path | None, header: dict[str, Any], found: int, total: int, progress: bool
     ) -> None:
-        from tqdm import tqdm
-
         self._path, self._header = path, header
         self._file: TextIO | None = None
-        shown = None if progress and found < total else True
-        self._bar = tqdm(total=total, initial=found, unit="answer", disable=shown)
+        shown = progress and found < total
+        self._bar = Bar("answers", total, "answer", shown=shown, initial=found)
 
     def __enter__(self) -> _Writer:
         if self._path is not None:

@@ -90,7 +90,7 @@ def distill(
         seq_len: tokens per window; of prompt and answer together, at most.
         samples: most windows to train on; None: 4096.
         text_field: field of the data's rows that holds their text; None chooses, and says which.
-        progress: show a progress bar.
+        progress: say on standard error how far it is.
         keep_zeros: the zeros of a student's pruned layers stay zero (see `llmkern.keep_masks`).
         options: those of the method (`SoftOptions`, `HiddenOptions`, `GkdOptions`, `MiniLlmOptions`,
             `SequenceOptions`, `InContextOptions`) and of `llmkern.train.TrainOptions`.

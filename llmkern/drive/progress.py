@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmkern._progress import Bar
+
 
 class Progress:
     """The progress of a driver through its layers.
@@ -34,17 +36,14 @@ class Progress:
         Args:
             verb, participle: for messages, as in "quantize", "quantized".
             total: layers (or blocks) to do.
-            shown: a bar, where standard error is a terminal.
+            shown: say how far it is (see `llmkern._progress`).
             record: see above.
         """
-        from tqdm import tqdm
-
         self._verb, self._participle = verb, participle
         self._total = total
         self._done: list[str] = []
         self._record = record
-        # disable=None: no bar where standard error is no terminal.
-        self._bar = tqdm(total=total, unit="layer", disable=None if shown else True)
+        self._bar = Bar(verb, total, "layer", shown=shown)
 
     def __enter__(self) -> Progress:
         return self
@@ -69,7 +68,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Show what is being done."""
-        self._bar.set_description(text)
+        self._bar.say(text)
 
     @contextmanager
     def layer(self, name: str) -> Iterator[None]:
@@ -84,8 +83,12 @@ class Progress:
     def finish(self, name: str, **figures: str) -> None:
         """Count the layer `name` as done, and show its figures."""
         self._done.append(name)
-        self._bar.set_postfix(figures, refresh=False)
-        self._bar.update()
+        self._bar.update(**figures)
+
+    def restore(self, name: str) -> None:
+        """Count the layer `name`, which an earlier run has done."""
+        self._done.append(name)
+        self._bar.skip()
 
 
 class Lines:
@@ -115,5 +118,5 @@ class Lines:
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
             line = self._kind(**fields)
             self._lines.append(line)
-            self._progress.finish(line.name)
+            self._progress.restore(line.name)
         self._taken = len(self._lines)

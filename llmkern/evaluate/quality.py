@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern._dtypes import dtype_name
+from llmkern._progress import Bar
 from llmkern.calibrate.data import Source, load_tokens, teller
 from llmkern.evaluate.speed import speeds, weight_bytes
 from llmkern.models import compute_dtype, computing_in, evaluation_mode
@@ -87,7 +88,7 @@ def evaluate(
         speed: measure prefill and decoding too, in the model's own dtype.
         compute_dtype: that logits are computed in; "auto": float32 where the processor multiplies the
             model's own dtype slowly and there is memory for a copy, else its own.
-        progress: show a progress bar.
+        progress: say on standard error how far it is.
 
     Raises:
         ValueError: bad data (see `llmkern.calibrate.load_tokens`), logits that hold NaN, or a
@@ -106,10 +107,16 @@ def evaluate(
     models = [model] if reference is None else [model, reference]
     totals = torch.zeros(3, dtype=torch.float64)
     dtypes = compute_dtypes(models, compute_dtype)
+    batches = torch.split(windows, batch_size)
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(models[-1]):
-        with computing_in(model, dtypes[0]), computing_in(models[-1], dtypes[-1]):
-            for batch in _bar(torch.split(windows, batch_size), progress):
+        with (
+            computing_in(model, dtypes[0]),
+            computing_in(models[-1], dtypes[-1]),
+            Bar("evaluate", len(batches), "batch", shown=progress) as bar,
+        ):
+            for batch in batches:
                 totals += _score(batch, *models)
+                bar.update()
         rates = speeds(model, windows[:1]) if speed else (None, None)
     predicted = len(windows) * (windows.shape[1] - 1)
     nll, kl, agreed = (totals / predicted).tolist()
@@ -139,12 +146,6 @@ def compute_dtypes(models: Sequence[nn.Module], asked: str = "auto") -> list[tor
         if 4 * halves > psutil.virtual_memory().available // 2:
             return [next(model.parameters()).dtype for model in models]
     return dtypes
-
-
-def _bar(batches: tuple[Tensor, ...], progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="evaluate", unit="batch", disable=None if progress else True)
 
 
 def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None = None) -> Tensor:

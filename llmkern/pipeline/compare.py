@@ -58,7 +58,7 @@ class CompareOptions:
         prompts: to continue in the report; None takes the beginning of the first evaluation window,
             where there is a tokenizer.
         speed: measure tokens per second.
-        progress: show progress bars.
+        progress: say on standard error how far it is.
         disk: bytes of the original's safetensors files; None writes it to know them.
         scratch: directory in which models are written to know their size on disk, and removed again;
             None: the system's place for such files.
@@ -309,6 +309,7 @@ class _Comparison:
             tokenizer=self._settings.tokenizer,
             prompts=self.report.prompts,
             speed=self._settings.speed,
+            progress=self._settings.progress,
         )
 
     def _written_bytes(self, model: Any) -> int:

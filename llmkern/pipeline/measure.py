@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern._progress import Bar
 from llmkern.evaluate import compute_dtypes, evaluate, next_token_logits, score_logits
 from llmkern.models import computing_in, evaluation_mode, find_blocks, text_config
 from llmkern.nn import is_packed
@@ -27,6 +28,7 @@ def measure(
     prompts: Sequence[str] = (),
     speed: bool = True,
     batch_size: int = 4,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """The measured fields of a `StageRecord`.
 
@@ -38,6 +40,7 @@ def measure(
         prompts: texts to continue greedily, by at most `NEW_TOKENS` tokens each.
         speed: measure prefill and decoding too.
         batch_size: windows per forward.
+        progress: say on standard error how far it is.
 
     Returns:
         {"parameters": int, "evaluation": dict, "generations": list of str}.
@@ -47,11 +50,17 @@ def measure(
     """
     if prompts and tokenizer is None:
         raise ValueError("tokenizer: got None, expected a tokenizer, because there are prompts")
-    result = evaluate(model, windows, reference=reference, batch_size=batch_size, speed=speed)
+    settings: dict[str, Any] = {"batch_size": batch_size, "speed": speed, "progress": progress}
+    result = evaluate(model, windows, reference=reference, **settings)
+    generations = []
+    with Bar("continue prompts", len(prompts), "prompt", shown=progress and bool(prompts)) as bar:
+        for prompt in prompts:
+            generations.append(continuation(model, tokenizer, prompt))
+            bar.update()
     return {
         "parameters": count_parameters(model),
         "evaluation": result.to_dict(),
-        "generations": [continuation(model, tokenizer, prompt) for prompt in prompts],
+        "generations": generations,
     }
 
 
@@ -92,7 +101,12 @@ def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_
 
 
 def sensitivity(
-    before: nn.Module, after: nn.Module, windows: Tensor, *, batch_size: int = 4
+    before: nn.Module,
+    after: nn.Module,
+    windows: Tensor,
+    *,
+    batch_size: int = 4,
+    progress: bool = False,
 ) -> dict[str, float]:
     """What each decoder block's change costs alone.
 
@@ -101,6 +115,7 @@ def sensitivity(
         after: what the stage made of it; read only. Its blocks may be narrower inside, or packed.
         windows: int64 [n, seq_len], tokens to measure on.
         batch_size: windows per forward.
+        progress: say on standard error how far it is.
 
     Returns:
         Full name of each block -> mean KL(before || before with that block of `after`), in nats per
@@ -117,14 +132,16 @@ def sensitivity(
     predicted = len(windows) * (windows.shape[1] - 1)
     own = list(blocks.modules)
     dtypes = compute_dtypes([before, after])
+    batches = torch.split(windows, batch_size)
     with (
         torch.no_grad(),
         evaluation_mode(before),
         evaluation_mode(after),
         computing_in(before, dtypes[0]),
         computing_in(after, dtypes[1]),
+        Bar("cost of each block", len(batches) * len(blocks), "block", shown=progress) as bar,
     ):
-        for batch in torch.split(windows, batch_size):
+        for batch in batches:
             want = next_token_logits(before, batch)
             for index, name in enumerate(costs):
                 blocks.modules[index] = changed.modules[index]
@@ -133,4 +150,5 @@ def sensitivity(
                 finally:
                     blocks.modules[index] = own[index]
                 costs[name] += float(score_logits(got, batch, want)[1]) / predicted
+                bar.update()
     return costs

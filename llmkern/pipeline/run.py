@@ -7,7 +7,6 @@ resumed does the same work on the same bits as one that was not, and what is mea
 from __future__ import annotations
 
 import copy
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from llmkern import env
 from llmkern._dtypes import dtype_name
+from llmkern._progress import note
 from llmkern.assets import evaluation_text
 from llmkern.calibrate import load_tokens
 from llmkern.evaluate import weight_bytes
@@ -211,9 +211,7 @@ class _Run:
     def say(self, text: str) -> None:
         """Tell the user, if asked to."""
         if self.options.progress:
-            from tqdm import tqdm
-
-            tqdm.write(text, file=sys.stderr)
+            note(text)
 
     def check(self, output: str | Path, *, going_on: bool) -> Preflight:
         """Refuse what cannot work, before anything is written.
@@ -330,6 +328,7 @@ class _Run:
         with PeakMemory(self.origin.device) as peak:
             context, driver, seconds = self._drive(index, stage)
         with self.where.writing(name) as partial:
+            self.say(f"stage {index} of {len(self.stages)}: saving and measuring")
             save(context.model, partial, context.tokenizer)
             tokenizer, context.model = context.tokenizer, None
             after = self._open(partial)
@@ -429,6 +428,7 @@ class _Run:
             tokenizer=tokenizer,
             prompts=self.prompts if tokenizer is not None else (),
             speed=self.options.speed,
+            progress=self.options.progress,
         )
 
     def _sensitivity(self, index: int, after: Any) -> dict[str, float]:
@@ -440,7 +440,7 @@ class _Run:
         if vocabulary_size(before) != vocabulary_size(after):
             return {}
         windows = self._windows(before, tokenizer)[:_SENSITIVITY_WINDOWS]
-        return sensitivity(before, after, windows)
+        return sensitivity(before, after, windows, progress=self.options.progress)
 
 
 def _changes(before: dict[str, Any], about: dict[str, Any]) -> list[str]:

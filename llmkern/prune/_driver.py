@@ -62,7 +62,7 @@ def prune(
         tokenizer: needed where the calibration is text.
         rules: glob over full layer names -> a sparsity or pattern for those layers, or None to leave
             them as they are; the last that matches counts.
-        progress: show a progress bar with the layer, its loss and the time left.
+        progress: say on standard error how far it is: a bar on a terminal, a line a minute elsewhere.
         checkpoint: directory for the state of the work, kept after each decoder block (and during a
             recovery); new or empty. The caller deletes it when it is of no more use.
         resume: the same call, on the same model as it was before, goes on at the block after the last

@@ -76,7 +76,7 @@ def quantize(
         calibration: text, path, tokens or dataset (see `llmkern.calibrate.data`); None takes the text
             that comes with llmkern. Methods without calibration read none.
         tokenizer: needed where the calibration is text.
-        progress: show a progress bar with the layer, its loss and the time left.
+        progress: say on standard error how far it is: a bar on a terminal, a line a minute elsewhere.
         checkpoint: directory for the state of the work, kept after each decoder block; new or empty.
             The caller deletes it when it is of no more use.
         resume: the same call, on the same model as it was before, goes on at the block after the last

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern._progress import Bar
 from llmkern.train._checkpoint import Checkpoint
 from llmkern.train._options import TrainOptions
 from llmkern.train.lion import Lion
@@ -110,7 +111,7 @@ def fit(
         data: tensors with one row per window; "labels" (int64, -100 where nothing is predicted), if
             there, say which predictions count, otherwise all but each window's first token do.
         options: see `TrainOptions`.
-        progress: show a progress bar with the loss.
+        progress: say on standard error how far it is, with the loss.
         prepare: gets the rows of each forward, on the device, and its place, and returns what the
             forward takes, "input_ids" among it. Called before a step's first forward, in the precision
             of the training.
@@ -316,8 +317,6 @@ class _Log:
     """Progress bar and TensorBoard, on the main process only."""
 
     def __init__(self, options: TrainOptions, main: bool, progress: bool, first: int) -> None:
-        from tqdm import tqdm
-
         self._writer: Any = None
         if options.log_dir is not None and main:
             try:
@@ -328,8 +327,7 @@ class _Log:
                     f"installed for it ({error})"
                 ) from error
             self._writer = SummaryWriter(str(options.log_dir))
-        shown = None if progress and main else True
-        self._bar = tqdm(total=options.steps, initial=first, unit="step", disable=shown)
+        self._bar = Bar("train", options.steps, "step", shown=progress and main, initial=first)
 
     def __enter__(self) -> _Log:
         return self
@@ -340,8 +338,7 @@ class _Log:
             self._writer.close()
 
     def write(self, entry: Step) -> None:
-        self._bar.set_postfix(loss=f"{entry.metrics['loss']:.4f}", refresh=False)
-        self._bar.update()
+        self._bar.update(loss=f"{entry.metrics['loss']:.4f}")
         if self._writer is not None:
             for name, value in {**entry.metrics, "lr": entry.lr}.items():
                 self._writer.add_scalar(name, value, entry.step)
