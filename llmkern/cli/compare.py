@@ -19,6 +19,7 @@ from llmkern.cli._shared import (
     Device,
     DType,
     Model,
+    check_head,
     console,
     open_model,
     open_tokenizer,
@@ -62,6 +63,7 @@ def compare(
     **options: Any,
 ) -> None:
     """Apply every technique to a model, one after the other, and compare size, speed and accuracy."""
+    from llmkern._files import check_writable
     from llmkern.pipeline.compare import chosen_labels
     from llmkern.pipeline.compare import compare as run
     from llmkern.pipeline.measure import file_bytes
@@ -69,12 +71,19 @@ def compare(
 
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
     chosen_labels(chosen)  # before the model is read
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(
+            f"--output: got the file {output}, expected a directory for the report"
+        )
+    check_writable(output / "report.html", "--output")
+    check_head(model_dir)
+    tokenizer = open_tokenizer(model_dir)
     output.mkdir(parents=True, exist_ok=True)
     report = run(
         open_model(model_dir, dtype, device),
         said=note,
         methods=chosen,
-        tokenizer=open_tokenizer(model_dir),
+        tokenizer=tokenizer,
         progress=True,
         # In another dtype than its files have, it is another size.
         disk=None if dtype else file_bytes(Path(model_dir)),
@@ -83,8 +92,8 @@ def compare(
         command=shlex.join(["llmkern", *sys.argv[1:]]),
         **options,
     )
-    paths = write_report(report, output)
     print_report(report)
     for label, reason in report.left_out.items():
         console.print(f"{label}: not applied: {reason}", markup=False, highlight=False)
+    paths = write_report(report, output)
     console.print(f"wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)

@@ -14,6 +14,8 @@ from llmkern.cli._shared import (
     DType,
     Output,
     Overwrite,
+    check_output,
+    check_size,
     console,
     open_model,
     open_tokenizer,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _STUDENT = "Student"
 _DATA = "Data"
 _TRAINING = "Training"
+_NOT_OF_SHAPES = ("data", "samples", "seq_len", "checkpoint", "resume", "log_dir")
 _ANSWERS = {
     "help": "File that keeps the teacher's answers, OUTPUT.answers.jsonl by default; without --prompts, "
     "a .jsonl of prompts and answers to train on."
@@ -90,29 +93,30 @@ def distill(
     """Train a smaller model to predict what the teacher predicts, and save it as a plain model."""
     import llmkern
     from llmkern.distill import make_student
-    from llmkern.hf.save import check_target
+    from llmkern.pipeline import Distill
 
-    check_target(output.absolute(), overwrite)
     method = _verb().choose(options)
     made = {"student_layers": student_layers, "student_width": student_width}
     needs_teacher = method.needs_teacher(_options.settings_of(method, options))
     _check_models(teacher_dir, student, made, needs_teacher)
-    teacher = tokenizer = teacher_tokenizer = None
-    if teacher_dir is not None:
-        teacher, teacher_tokenizer = (
-            open_model(teacher_dir, dtype, device),
-            open_tokenizer(teacher_dir),
-        )
-    if student is None:
-        width = 1.0 if student_width is None else student_width
-        layers = student_layers or (0.5 if width == 1 else 1.0)
-        pupil = make_student(teacher, layers, width=width, tokenizer=teacher_tokenizer)
-        tokenizer = teacher_tokenizer
-    else:
-        pupil, tokenizer = open_model(student, dtype, device), open_tokenizer(student)
     if "prompts" in options and "answers" in _options.option_names(method):
         kept = output.absolute().with_name(f"{output.absolute().name}.answers.jsonl")
         options.setdefault("answers", kept)
+    check_output(output, overwrite, [teacher_dir, student], options)
+    source = str(student or teacher_dir)
+    width = 1.0 if student_width is None else student_width
+    layers = student_layers or (0.5 if width == 1 else 1.0)
+    shaping = {name: value for name, value in options.items() if name not in _NOT_OF_SHAPES}
+    kind = "current" if student is not None else {"layers": layers, "width": width}
+    stage = Distill(method.name, student=kind, **shaping)
+    check_size(stage, source, teacher_dir, dtype, output)
+    teacher_tokenizer = None if teacher_dir is None else open_tokenizer(teacher_dir)
+    tokenizer = None if student is None else open_tokenizer(student)
+    teacher = None if teacher_dir is None else open_model(teacher_dir, dtype, device)
+    if student is None:
+        pupil = make_student(teacher, layers, width=width, tokenizer=teacher_tokenizer)
+    else:
+        pupil = open_model(student, dtype, device)
     report = llmkern.distill(
         pupil,
         teacher,
@@ -122,7 +126,11 @@ def distill(
         progress=True,
         **options,
     )
-    write_model(pupil, output, tokenizer or teacher_tokenizer, report, overwrite=overwrite)
+    write_model(
+        *(pupil, output, tokenizer or teacher_tokenizer, report),
+        source=source,
+        overwrite=overwrite,
+    )
     last = report.training.steps[-1].metrics
     for note in report.notes:
         console.print(note, highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +17,12 @@ from llmkern.cli._shared import (
     DType,
     Model,
     SeqLen,
+    check_file,
+    check_head,
     console,
     open_model,
     open_tokenizer,
+    write_json,
 )
 
 _BENCHMARKS = "Benchmarks"
@@ -86,6 +88,10 @@ def evaluate(
                 f"{_options.flag(name)}: got {value}, expected it only {where} --tasks"
             )
 
+    check_file(json_file, "--json")
+    for directory in (model_dir, reference):
+        check_head(directory)
+
     def opened(directory: str) -> Any:
         return open_model(directory, dtype, device, sparse=not dense)
 
@@ -113,7 +119,7 @@ def evaluate(
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
     console.print(table)
     if json_file:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(json_file, result)
 
 
 def _show_tasks(answer: dict[str, Any], json_file: Path | None) -> None:
@@ -135,4 +141,4 @@ def _show_tasks(answer: dict[str, Any], json_file: Path | None) -> None:
         )
     console.print(table)
     if json_file:
-        json_file.write_text(json.dumps(answer, indent=2, default=str) + "\n")
+        write_json(json_file, answer)

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from llmkern.cli._shared import Dense, Device, DType, Model, console, open_model, open_tokenizer
+from llmkern.cli._shared import (
+    Dense,
+    Device,
+    DType,
+    Model,
+    check_head,
+    console,
+    open_model,
+    open_tokenizer,
+)
 
 
 def generate(
@@ -22,12 +31,13 @@ def generate(
     """Continue a prompt."""
     import torch
 
-    model = open_model(model_dir, dtype, device, sparse=not dense)
+    check_head(model_dir)
     tokenizer = open_tokenizer(model_dir)
     if tokenizer is None:
         raise ValueError(
             f"{model_dir}: got no tokenizer files, expected a model with its tokenizer"
         )
+    model = open_model(model_dir, dtype, device, sparse=not dense)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     sampling = (

@@ -12,6 +12,7 @@ from llmkern.cli import _options
 from llmkern.cli._shared import (
     CHECKPOINT,
     DATA,
+    NOT_OF_SHAPES,
     RESUME,
     SOURCE,
     Device,
@@ -19,6 +20,8 @@ from llmkern.cli._shared import (
     Model,
     Output,
     Overwrite,
+    check_output,
+    check_size,
     console,
     open_model,
     open_tokenizer,
@@ -70,18 +73,26 @@ def prune(
 ) -> None:
     """Remove weights, neurons, heads or blocks of a model and save it as a plain model."""
     import llmkern
-    from llmkern.hf.save import check_target
+    from llmkern.pipeline import Prune
 
-    check_target(output.absolute(), overwrite)
+    check_output(output, overwrite, [model_dir], options)
     method = _verb().choose(options)
     rules = _rules(rule or [])
-    model = open_model(model_dir, dtype, device)
+    shaping = {name: value for name, value in options.items() if name not in NOT_OF_SHAPES}
+    stage = Prune(method.name, **shaping, **({"rules": rules} if rules else {}))
+    check_size(stage, model_dir, None, dtype, output)
     tokenizer = open_tokenizer(model_dir)
+    model = open_model(model_dir, dtype, device)
     report = llmkern.prune(
         model, method.name, tokenizer=tokenizer, rules=rules, progress=True, **options
     )
     finished = options.get("checkpoint")
-    write_model(model, output, tokenizer, report, overwrite=overwrite, finished=finished)
+    write_model(
+        *(model, output, tokenizer, report),
+        source=model_dir,
+        overwrite=overwrite,
+        finished=finished,
+    )
     console.print(_summary(report, output))
 
 

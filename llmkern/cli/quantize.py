@@ -11,6 +11,7 @@ from llmkern.cli import _options
 from llmkern.cli._shared import (
     CHECKPOINT,
     DATA,
+    NOT_OF_SHAPES,
     RESUME,
     SOURCE,
     Device,
@@ -18,6 +19,8 @@ from llmkern.cli._shared import (
     Model,
     Output,
     Overwrite,
+    check_output,
+    check_size,
     console,
     open_model,
     open_tokenizer,
@@ -85,9 +88,9 @@ def quantize(
 ) -> None:
     """Quantize a model's linear layers and save it for compressed-tensors or bitsandbytes."""
     import llmkern
-    from llmkern.hf.save import check_target
+    from llmkern.pipeline import Quantize
 
-    check_target(output.absolute(), overwrite)
+    check_output(output, overwrite, [model_dir], options)
     method = _verb().choose(options)
     _check_data(method, options)
     if asymmetric is not None:
@@ -95,13 +98,21 @@ def quantize(
     if options.get("group_size") == -1:
         options["group_size"] = None
     rules = _rules(options.pop("rule", ()), method, options)
+    shaping = {name: value for name, value in options.items() if name not in NOT_OF_SHAPES}
+    stage = Quantize(method.name, rules=rules, **shaping)
+    check_size(stage, model_dir, None, dtype, output)
     tokenizer = open_tokenizer(model_dir)
     model = open_model(model_dir, dtype, device)
     report = llmkern.quantize(
         model, method.name, rules=rules, tokenizer=tokenizer, progress=True, **options
     )
     finished = options.get("checkpoint")
-    write_model(model, output, tokenizer, report, overwrite=overwrite, finished=finished)
+    write_model(
+        *(model, output, tokenizer, report),
+        source=model_dir,
+        overwrite=overwrite,
+        finished=finished,
+    )
     for note in report.notes:
         console.print(note, highlight=False)
     console.print(

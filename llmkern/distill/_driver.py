@@ -115,6 +115,7 @@ def distill(
     for name, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             check_writes_text(model, name)
+    training.check_places()
     if not is_dense(student):
         raise ValueError("student: got packed layers in it, expected dense weights to train")
     if kind.answers:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmkern._files import sync_entry, sync_tree, write_whole
+from llmkern._files import check_writable, sync_entry, sync_tree, write_whole
 from llmkern._version import __version__
 from llmkern.models.linears import is_conv1d, is_linear, set_weight
 from llmkern.nn import is_packed
@@ -73,6 +73,7 @@ class Journal:
         Raises:
             ValueError: the directory holds state and `resume` is not set, or state of other settings
                 (shown), or other files, or damaged state.
+            OSError: nothing can be written there.
         """
         self.directory, self.resume = directory, resume
         self.finished, self.seconds = 0, 0.0
@@ -192,6 +193,7 @@ class Journal:
         path = self.directory
         if path.exists() and not path.is_dir():
             raise ValueError(f"checkpoint: got the file {path}, expected a directory")
+        check_writable(path / _SETTINGS, "checkpoint")
         entries = [p for p in path.iterdir() if p.suffix != ".partial"] if path.is_dir() else []
         if not entries:
             return

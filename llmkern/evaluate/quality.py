@@ -161,9 +161,11 @@ def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None = None) 
 
 def next_token_logits(model: nn.Module, batch: Tensor) -> Tensor:
     """Logits [B * (T - 1), V] of every token of int64 [B, T] that has a successor in its window."""
-    logits: Tensor = model(
-        input_ids=batch.to(next(model.parameters()).device), use_cache=False
-    ).logits
+    output = model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None:
+        kind = type(model).__name__
+        raise ValueError(f"model: got {kind}, which gives no logits, expected a language model")
     return logits[:, :-1].flatten(0, 1)
 
 

@@ -6,10 +6,11 @@ from typing import TypeVar
 
 from torch import nn
 
+from llmkern.hf._foreign import release
 from llmkern.hf._sparse24 import accelerate_sparse
 from llmkern.nn import is_packed, prepare
 from llmkern.patch import warn_dense
-from llmkern.wire import WIRES, record_formats
+from llmkern.wire import WIRES
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +51,7 @@ def accelerate(model: Model) -> Model:
     taken = next((result for result in found if result is not None), None)
     if taken is not None:
         if taken.complete:
-            _release(model)
+            release(model)
         warn_dense("accelerate", taken.left)
     ours = any(is_packed(module) for module in model.modules())
     if not accelerate_sparse(model) and taken is None and not ours:
@@ -59,11 +60,3 @@ def accelerate(model: Model) -> Model:
             f"model: got no packed layer in it, expected {kinds}, or 2:4 sparse weights"
         )
     return prepare(model)
-
-
-def _release(model: nn.Module) -> None:
-    """Make the model one of ours: transformers' quantizer has nothing left to do."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    record_formats(model)

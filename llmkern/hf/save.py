@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import nn
 
-from llmkern._files import sync_entry, sync_tree
+from llmkern._files import check_space, check_writable, sync_entry, sync_tree
+from llmkern.hf._beside import carry_over
+from llmkern.hf._foreign import release_dense
 from llmkern.masks import forget_filled
 from llmkern.nn import PackedLinear, is_packed
 from llmkern.wire import WIRES, packed_layers, use_wire, writing_wire
@@ -23,6 +25,13 @@ from llmkern.wire.checkpoint_files import CONFIG
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Settings of a generation_config that count only where do_sample is set, or num_beams.
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+_BEAMS = ("early_stopping", "length_penalty")
+
 
 def save(
     model: PreTrainedModel,
@@ -30,6 +39,7 @@ def save(
     tokenizer: Any = None,
     *,
     overwrite: bool = False,
+    source: str | Path | None = None,
     format: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
@@ -49,6 +59,8 @@ def save(
         directory: to be made; an empty one may exist.
         tokenizer: anything with `save_pretrained`, written beside the model.
         overwrite: replace the model that `directory` holds, all its files with it.
+        source: directory of the model that this one was made from: chat templates, processors, licences,
+            the model card and other files that go with a model are carried over from there.
         format: name of the checkpoint format for packed layers, "compressed-tensors" or "bitsandbytes";
             None is the first that holds them all.
         max_shard_size: split the weights into files of at most this size.
@@ -56,15 +68,21 @@ def save(
     Raises:
         FileExistsError: `directory` holds a model and `overwrite` is not set, or holds other files.
         OSError: it could not be written (full disk, no permission); the target is as it was.
-        ValueError: not a transformers model, a layer's packed weight has been expanded, or no
-            checkpoint format (not `format`) holds the model's layers (int4 beside NF4, another book).
+        ValueError: not a transformers model, a layer's packed weight has been expanded, no
+            checkpoint format (not `format`) holds the model's layers (int4 beside NF4, another book),
+            or a generation_config or tokenizer that cannot be written.
+
+    Warns:
+        UserWarning: settings of the generation_config that count for nothing and keep it from being
+            written are left out; files that could not be carried over.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: got {type(model).__name__}, expected a transformers model")
-    target = Path(directory).resolve()
+    target = Path(directory).expanduser().resolve()
     check_target(target, overwrite)
+    release_dense(model)
     for spoilt in (wire.spoilt(model) for wire in WIRES):
         if spoilt is not None:
             raise ValueError(spoilt)
@@ -78,14 +96,40 @@ def save(
         for layer in layers.values():
             # The tensors to be written take the kernel layout's place instead of lying beside it.
             stack.enter_context(layer.canonical())
-        _check_space(model, partial)
+        check_space(partial, _written_bytes(model))
+        write_generation(model, partial)
+        if not model.is_remote_code():
+            # Code that was not run and does not go along: the config must not ask for it.
+            vars(model.config).pop("auto_map", None)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        write_tokenizer(tokenizer, partial)
+        if source is not None:
+            carry_over(Path(source).expanduser(), partial, tokenizer)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    if target.is_file():
+    """Refuse a directory that may not be replaced or cannot be made; nothing is changed.
+
+    Raises:
+        FileExistsError: see `check_content`.
+        OSError: nothing can be written beside it, or it is a mount point.
+    """
+    check_content(target, overwrite)
+    if os.path.ismount(target):
+        raise OSError(
+            f"{target}: got a mount point, which cannot be replaced as a whole; expected a directory "
+            f"such as {target / 'model'}"
+        )
+    check_writable(target)
+
+
+def check_content(target: Path, overwrite: bool) -> None:
+    """Refuse a path with something that stays.
+
+    Raises:
+        FileExistsError: a file, files other than a model's, or a model and `overwrite` is not set.
+    """
+    if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: got a file, expected a directory to be made")
     if not target.is_dir() or not any(target.iterdir()):
         return
@@ -117,16 +161,71 @@ def _choose_form(
         use_wire(model, wire)
 
 
-def _check_space(model: nn.Module, directory: Path) -> None:
+def write_generation(model: Any, directory: Path) -> None:
+    """Write the generation_config, without what keeps transformers from writing it.
+
+    Raises:
+        ValueError: it cannot be written; names the setting.
+    """
+    if not model.can_generate():
+        return
+    settings = model.generation_config
+    try:
+        settings.save_pretrained(directory)
+    except ValueError:
+        dropped = _drop_unused(settings)
+        try:
+            settings.save_pretrained(directory)
+        except ValueError as error:
+            raise ValueError(f"generation_config: {' '.join(str(error).split())}") from error
+        warnings.warn(
+            f"save: generation_config: {', '.join(dropped)} left out, which counted for nothing without "
+            "do_sample or num_beams",
+            stacklevel=3,
+        )
+
+
+def _drop_unused(settings: Any) -> list[str]:
+    """Put settings that others make meaningless back to their defaults; which, as "top_p=0.9"."""
+    names: tuple[str, ...] = ()
+    if settings.do_sample is not True:
+        names += _SAMPLING
+    if settings.num_beams in (None, 1):
+        names += _BEAMS
+    if settings.pad_token_id is not None and settings.pad_token_id < 0:
+        names += ("pad_token_id",)
+    usual = type(settings)()
+    dropped = []
+    for name in names:
+        value, default = getattr(settings, name, None), getattr(usual, name, None)
+        if value != default:
+            dropped.append(f"{name}={value}")
+            setattr(settings, name, default)
+    return dropped
+
+
+def write_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write the tokenizer, if there is one.
+
+    Raises:
+        ValueError: it cannot be saved.
+    """
+    if tokenizer is None:
+        return
+    try:
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the code of a tokenizer raises
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"tokenizer: got one that cannot be saved: {text}") from error
+
+
+def _written_bytes(model: nn.Module) -> int:
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     whole = [m for m in model.modules() if is_packed(m) and m.WRITTEN_DENSE]
     dense = sum(m.in_features * m.out_features * m.dtype.itemsize for m in whole)
-    need, free = sum(tensors.values()) + dense, shutil.disk_usage(directory).free
-    if need > free:
-        raise OSError(
-            f"{directory.parent}: got {free / 2**30:.2f} GiB of free space, expected at least "
-            f"{need / 2**30:.2f} GiB for the model"
-        )
+    return sum(tensors.values()) + dense
 
 
 @contextmanager

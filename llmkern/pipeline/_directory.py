@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmkern._files import write_whole
-from llmkern.hf.save import check_target, replacing
+from llmkern._files import check_writable, write_whole
+from llmkern.hf.save import check_content, replacing
 from llmkern.report import StageRecord
 from llmkern.wire.checkpoint_files import CONFIG
 
@@ -35,7 +35,7 @@ class RunDirectory:
     """Where a run keeps what it has finished and what it is working on."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+        self.root = root.expanduser().absolute()
         self._stages, self._state = self.root / "stages", self.root / "state"
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
@@ -44,19 +44,21 @@ class RunDirectory:
         Raises:
             FileExistsError: it holds a run or a model and neither resume nor overwrite is set, or other
                 files.
+            OSError: nothing can be written there.
             ValueError: both are set.
         """
         if resume and overwrite:
             raise ValueError("resume, overwrite: got both, expected one of them")
         if not self.is_run():
             if set(self._names()) - {f"{RUN}.partial"}:
-                check_target(self.root, overwrite)
+                check_content(self.root, overwrite)
         elif not resume and not overwrite:
             done = len(list(self._stages.glob(f"*/{STAGE}")))
             raise FileExistsError(
                 f"output: got {self.root}, which holds a run with {done} finished stages, expected a new "
                 "directory, or resume or overwrite"
             )
+        check_writable(self.root / RUN, "output")
 
     def begin(
         self, settings: Mapping[str, Any], recipe: str, about: Mapping[str, Any], *, resume: bool
@@ -84,9 +86,9 @@ class RunDirectory:
             self._tidy()
             write_whole(self.root / RECIPE, recipe)
             return {name: before[name] for name in about}
-        if self.root.is_dir():
-            shutil.rmtree(self.root)
-        self.root.mkdir(parents=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+        for path in self.root.iterdir():  # the directory itself stays: it may be a mount point
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         write_whole(self.root / RUN, json.dumps({"settings": settings, **about}, indent=2) + "\n")
         write_whole(self.root / RECIPE, recipe)
         return None

@@ -6,7 +6,7 @@ resumed does the same work on the same bits as one that was not, and what is mea
 
 from __future__ import annotations
 
-import copy
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,10 +25,12 @@ from llmkern.assets import evaluation_text
 from llmkern.calibrate import load_tokens
 from llmkern.evaluate import weight_bytes
 from llmkern.hf import accelerate_sparse, load, load_tokenizer, save
+from llmkern.hf.save import write_generation, write_tokenizer
 from llmkern.models import context_length, vocabulary_size
 from llmkern.pipeline import _fingerprint
 from llmkern.pipeline._directory import RunDirectory
 from llmkern.pipeline._order import order_warnings
+from llmkern.pipeline._origin import Origin
 from llmkern.pipeline._peak import PeakMemory
 from llmkern.pipeline._shapes import read_shapes
 from llmkern.pipeline.measure import beginnings, file_bytes, measure, sensitivity
@@ -103,7 +105,12 @@ class Pipeline:
         settings = RunOptions(**options)
         where = RunDirectory(Path(output))
         where.check(resume=resume, overwrite=overwrite)
-        run = _Run(self.stages, _Origin.of(model, settings), where, settings)
+        run = _Run(
+            self.stages,
+            Origin.of(model, settings.tokenizer, settings.dtype, settings.device),
+            where,
+            settings,
+        )
         found = run.check(output, going_on=resume and where.is_run())
         about = {"versions": env.versions(), "hardware": env.hardware()}
         before = where.begin(run.settings(), dump_recipe(self.stages), about, resume=resume)
@@ -119,11 +126,16 @@ class Pipeline:
             ValueError: an option that there is not.
         """
         settings = RunOptions(**options)
-        return _preflight(self.stages, _Origin.of(model, settings), settings, Path(output))
+        return _preflight(
+            self.stages,
+            Origin.of(model, settings.tokenizer, settings.dtype, settings.device),
+            settings,
+            Path(output),
+        )
 
 
 def _preflight(
-    stages: Sequence[Stage[Any]], origin: _Origin, options: RunOptions, output: Path | None
+    stages: Sequence[Stage[Any]], origin: Origin, options: RunOptions, output: Path | None
 ) -> Preflight:
     return check(
         origin.model if origin.directory is None else origin.directory,
@@ -151,58 +163,12 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """The model that a run begins with: in memory, or a directory that is read as often as needed."""
-
-    model: Any
-    directory: Path | None
-    tokenizer: Any
-    dtype: torch.dtype | None
-    device: torch.device
-
-    @classmethod
-    def of(cls, model: Any, options: RunOptions) -> _Origin:
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        if not isinstance(model, str | Path):
-            if options.dtype is not None or options.device is not None:
-                given = "dtype" if options.dtype is not None else "device"
-                raise ValueError(
-                    f"{given}: got one for a model in memory, expected None: it has its own"
-                )
-            place = next(model.parameters()).device
-            return cls(model, None, options.tokenizer, None, place)
-        tokenizer = options.tokenizer or load_tokenizer(Path(model))
-        device = torch.device(options.device or default)
-        return cls(None, Path(model), tokenizer, options.dtype, device)
-
-    def open(self) -> Any:
-        """The model itself, not to be changed."""
-        if self.directory is None:
-            return self.model
-        return load(self.directory, dtype=self.dtype or "auto").to(self.device)  # type: ignore[arg-type]
-
-    def copy(self) -> Any:
-        """The model, to be changed."""
-        return copy.deepcopy(self.model) if self.directory is None else self.open()
-
-    @property
-    def name(self) -> str:
-        """For the report."""
-        if self.directory is not None:
-            return str(self.directory)
-        return str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
-
-    def fingerprint(self) -> str:
-        return _fingerprint.of_model(self.directory or self.model)
-
-
 @dataclass
 class _Run:
     """One call of `Pipeline.run`."""
 
     stages: list[Stage[Any]]
-    origin: _Origin
+    origin: Origin
     where: RunDirectory
     options: RunOptions
     prompts: list[str] = field(default_factory=list)
@@ -224,11 +190,15 @@ class _Run:
             ValueError: see `Pipeline.run`.
         """
         source = self.origin.directory
-        if source is not None and source.absolute().is_relative_to(self.where.root):
+        if source is not None and source.resolve().is_relative_to(self.where.root.resolve()):
             raise ValueError(
                 f"output: got {output}, expected a directory that does not hold the model"
             )
         options = self.options
+        with tempfile.TemporaryDirectory() as folder:  # before any work: what cannot be saved
+            write_tokenizer(self.origin.tokenizer, Path(folder))
+            if self.origin.model is not None:
+                write_generation(self.origin.model, Path(folder))
         found = _preflight(self.stages, self.origin, options, None if going_on else self.where.root)
         if options.on_preflight is not None:
             options.on_preflight(found)
@@ -292,7 +262,14 @@ class _Run:
             report.stages.append(record)
             report.warnings += [f"stage {index}: {note}" for note in notes]
         self.where.publish(report.stages[-1].name)
-        write_report(report, self.where.root)
+        try:
+            write_report(report, self.where.root)
+        except Exception as error:  # the models are there, and each has its record
+            warnings.warn(
+                f"report: not all of it was written ({type(error).__name__}: {error}); the models in "
+                f"{self.where.root} are whole",
+                stacklevel=3,
+            )
         return report
 
     def _original(self, about: dict[str, Any]) -> StageRecord:
@@ -329,7 +306,7 @@ class _Run:
             context, driver, seconds = self._drive(index, stage)
         with self.where.writing(name) as partial:
             self.say(f"stage {index} of {len(self.stages)}: saving and measuring")
-            save(context.model, partial, context.tokenizer)
+            save(context.model, partial, context.tokenizer, source=context.source)
             tokenizer, context.model = context.tokenizer, None
             after = self._open(partial)
             record = StageRecord(
@@ -361,6 +338,7 @@ class _Run:
             original=self.origin.open,
             load=lambda directory: (self._open(Path(directory)), load_tokenizer(Path(directory))),
             checkpoint=self.where.state(f"{index}-{stage.name}"),
+            source=self._source(index),
             progress=self.options.progress,
         )
         del model
@@ -373,10 +351,16 @@ class _Run:
 
     def _input(self, index: int) -> tuple[Any, Any]:
         """Model and tokenizer that stage `index` begins with, its to change."""
-        if index == 1:
+        before = self._source(index)
+        if index == 1 or before is None:
             return self.origin.copy(), self.origin.tokenizer
-        before = self.where.stage(f"{index - 1}-{self.stages[index - 2].name}")
         return self._open(before), load_tokenizer(before)
+
+    def _source(self, index: int) -> Path | None:
+        """The directory of the model that stage `index` begins with; None for one in memory."""
+        if index == 1:
+            return self.origin.directory
+        return self.where.stage(f"{index - 1}-{self.stages[index - 2].name}")
 
     def _open(self, directory: Path) -> Any:
         return load(directory, dtype="auto").to(self.origin.device)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ class RunOptions:
         device: None takes a GPU if there is one.
         speed: measure tokens per second.
         sensitivity: measure what each block's change costs alone.
-        progress: say what is being done on standard error, with progress bars.
+        progress: say on standard error what is being done, and how far it is.
         command: for the report; None is the Python call.
         on_preflight: called with what the preflight has found, before any work.
     """

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -38,19 +39,21 @@ def write_report(report: PipelineReport, directory: str | Path) -> list[Path]:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shown = view.distinct_labels(report)
-    texts = {
-        "report.html": html(shown),
-        "report.md": markdown(shown),
-        "report.json": json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n",
+    # The figures first: what draws them is more likely to fail.
+    makers: dict[str, Callable[[], str]] = {
+        "report.json": lambda: json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n",
+        "report.md": lambda: markdown(shown),
+        "report.html": lambda: html(shown),
     }
-    for name, text in texts.items():
+    for name, make in makers.items():
+        text = make()
         partial_file = directory / f".{name}.{secrets.token_hex(4)}"
         try:
             partial_file.write_text(text, encoding="utf-8")
             os.replace(partial_file, directory / name)
         finally:
             partial_file.unlink(missing_ok=True)
-    return [directory / name for name in texts]
+    return [directory / name for name in reversed(makers)]
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ def fit(
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, set_seed
 
+    options.check_places()
     rows = len(next(iter(data.values()), ()))
     trained = [p for p in module.parameters() if p.requires_grad]
     if not rows or not trained:
@@ -319,13 +320,8 @@ class _Log:
     def __init__(self, options: TrainOptions, main: bool, progress: bool, first: int) -> None:
         self._writer: Any = None
         if options.log_dir is not None and main:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError(
-                    f"log_dir: got {str(options.log_dir)!r}, expected the package tensorboard to be "
-                    f"installed for it ({error})"
-                ) from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(options.log_dir))
         self._bar = Bar("train", options.steps, "step", shown=progress and main, initial=first)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+from llmkern._files import check_writable
 
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "lion")
@@ -65,4 +68,20 @@ class TrainOptions:
         if self.checkpoint is None and (self.checkpoint_every or self.resume):
             raise ValueError(
                 "checkpoint: got None with checkpoint_every or resume, expected a path"
+            )
+
+    def check_places(self) -> None:
+        """Refuse places where the training could not write; nothing is changed.
+
+        Raises:
+            OSError: nothing can be written there.
+            ValueError: the log needs a package that is not installed.
+        """
+        for name in ("checkpoint", "log_dir"):
+            place = getattr(self, name)
+            if place is not None:
+                check_writable(Path(place) / "new", name)
+        if self.log_dir is not None and find_spec("tensorboard") is None:
+            raise ValueError(
+                f"log_dir: got {str(self.log_dir)!r}, expected the package tensorboard to be installed"
             )

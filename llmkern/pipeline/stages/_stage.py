@@ -46,6 +46,7 @@ class Context:
         original: returns the model that the run began with, which no stage may change.
         load: returns the model of a directory, and its tokenizer or None.
         checkpoint: directory for the state of unfinished work, and perhaps with some from before.
+        source: directory that the model is from, for the files that go with it; None: no one knows.
         progress: show progress bars.
         notes: what a stage had to do that nobody asked for.
     """
@@ -56,6 +57,7 @@ class Context:
     original: Callable[[], Any]
     load: Callable[[str], tuple[Any, Any]]
     checkpoint: Path | None = None
+    source: Path | None = None
     progress: bool = False
     notes: list[str] = field(default_factory=list)
     text_field: str | None = None

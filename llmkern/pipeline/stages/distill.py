@@ -192,6 +192,7 @@ class Distill(Stage[DistillMethod]):
             return context.model, context.tokenizer
         if isinstance(self.student, str):
             student, tokenizer = context.load(self.student)
+            context.source = Path(self.student)
             return student, tokenizer or context.tokenizer
         narrow: dict[str, Any] = {}
         if self._narrows:
