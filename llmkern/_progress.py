@@ -181,7 +181,8 @@ class _Lines:
 
     def _line(self) -> str:
         spent = time.monotonic() - self._started
-        unit = self._unit if self._total == 1 else f"{self._unit}s"
+        plural = "es" if self._unit.endswith("ch") else "s"
+        unit = self._unit if self._total == 1 else f"{self._unit}{plural}"
         parts = [f"{self.done} of {self._total} {unit}", duration(spent)]
         new, rest = self.done - self.initial, self._total - self.done
         if new > 0 and rest > 0:

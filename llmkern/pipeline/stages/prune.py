@@ -53,7 +53,7 @@ class Prune(Stage[PruneMethod]):
                 n for n in ("ratio", "target_params", "blocks") if n in self._known(self.kind)
             ]
             given = [name for name in amounts if self.options.get(name) is not None]
-            if len(given) != 1:
+            if amounts and len(given) != 1:
                 got = " and ".join(given) or "none of them"
                 raise ValueError(f"{', '.join(amounts)}: got {got}, expected exactly one")
         for glob, value in (self.options.get("rules") or {}).items():
