@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "patch": {"formats", "models", "nn", "wire"},
     "masks": {"models"},
     "train": {"_files", "_progress"},
-    "calibrate": {"assets", "models", "ops"},
+    "calibrate": {"_progress", "assets", "models", "ops"},
     "evaluate": {"_progress", "calibrate", "models", "nn"},
     "wire": {"formats", "models", "nn"},
     "hf": {"_files", "formats", "masks", "models", "nn", "patch", "wire"},

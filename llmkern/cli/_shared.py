@@ -58,7 +58,7 @@ PROMPT = {
 
 # Options that say nothing about the shapes that a method leaves.
 NOT_OF_SHAPES = (
-    *("calibration", "samples", "seq_len", "seed", "batch_size"),
+    *("calibration", "text_field", "samples", "seq_len", "seed", "batch_size"),
     *("checkpoint", "resume"),
 )
 # Options that name a place in which a driver writes while it works.

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 _STUDENT = "Student"
 _DATA = "Data"
 _TRAINING = "Training"
-_NOT_OF_SHAPES = ("data", "samples", "seq_len", "checkpoint", "resume", "log_dir")
+_NOT_OF_SHAPES = (
+    *("data", "text_field", "samples", "seq_len"),
+    *("checkpoint", "resume", "log_dir"),
+)
 _ANSWERS = {
     "help": "File that keeps the teacher's answers, OUTPUT.answers.jsonl by default; without --prompts, "
     "a .jsonl of prompts and answers to train on."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -24,6 +24,9 @@ from llmkern.cli._shared import (
     open_tokenizer,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from llmkern.evaluate.lm_eval import Tasks
 
 _BENCHMARKS = "Benchmarks"
 
@@ -88,27 +91,24 @@ def evaluate(
                 f"{_options.flag(name)}: got {value}, expected it only {where} --tasks"
             )
 
+    if tasks is None and (text is None) == (tokens is None):
+        raise ValueError("--text, --tokens: got both or neither, expected exactly one of them")
     check_file(json_file, "--json")
+    found = None if tasks is None else _find_tasks(tasks, include_path)
     for directory in (model_dir, reference):
         check_head(directory)
+    tokenizer = open_tokenizer(model_dir)
 
     def opened(directory: str) -> Any:
         return open_model(directory, dtype, device, sparse=not dense)
 
-    if tasks is not None:
-        from llmkern.evaluate.lm_eval import Tasks
-
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        found = Tasks(names, include_path)  # before the model is read
-        answer = found.run(opened(model_dir), open_tokenizer(model_dir), **options)
-        _show_tasks(answer, json_file)
+    if found is not None:
+        _show_tasks(found.run(opened(model_dir), tokenizer, **options), json_file)
         return
-    if (text is None) == (tokens is None):
-        raise ValueError("--text, --tokens: got both or neither, expected exactly one of them")
     result = run(
         opened(model_dir),
         text or tokens,
-        open_tokenizer(model_dir),
+        tokenizer,
         seq_len=seq_len,
         text_field=text_field,
         reference=opened(reference) if reference else None,
@@ -120,6 +120,14 @@ def evaluate(
     console.print(table)
     if json_file:
         write_json(json_file, result)
+
+
+def _find_tasks(tasks: str, include_path: Path | None) -> Tasks:
+    """The benchmarks that --tasks names."""
+    from llmkern.evaluate.lm_eval import Tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    return Tasks(names, include_path)
 
 
 def _show_tasks(answer: dict[str, Any], json_file: Path | None) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from llmkern._progress import note
 
 Said = Callable[[str], None]
 
@@ -62,9 +63,6 @@ def teller(notes: list[str] | None = None, *, shown: bool) -> Said:
         if not shown:
             _log.info(text)
             return
-        from tqdm import tqdm
-
-        known = getattr(sys.stderr, "encoding", None) or "utf-8"
-        tqdm.write(text.encode(known, "backslashreplace").decode(known), file=sys.stderr)
+        note(text)
 
     return said
