@@ -22,22 +22,32 @@ BLOCK_V = 4096
 
 
 @triton.jit
-def _rescale(top, total, x):
-    """A running maximum and sum of exponentials after the values x."""
+def _rescale(top, total, x, temperature):
+    """A running maximum and sum of exponentials of (x - maximum) / temperature after the values x."""
     higher = tl.maximum(top, tl.max(x, 0))
-    return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+    # Nothing but -inf so far: a sum of nothing.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    scale = tl.exp((top - base) / temperature)
+    return higher, total * scale + tl.sum(tl.exp((x - base) / temperature), 0)
+
+
+@triton.jit
+def _gap(mass, a, b):
+    """a - b of logarithms where there is mass, else 0: a logit of -inf counts for nothing."""
+    return tl.where(mass == 0.0, 0.0, a - b)
 
 
 @triton.jit
 def _terms(p, q, log_beta, log_rest, KIND: tl.constexpr):
     """(divergence at q's end, derivative g by p) of each entry, from log-probabilities."""
     if KIND == 1:
-        return p * 0.0, p - q
+        return tl.zeros_like(p), _gap(tl.exp(p), p, q)
     # log(beta exp(q) + (1 - beta) exp(p)), whichever is larger in front.
     a, b = q + log_beta, p + log_rest
     high = tl.maximum(a, b)
     m = high + tl.log(tl.exp(a - high) + tl.exp(b - high))
-    return tl.exp(q) * (q - m), p - m
+    mass_q = tl.exp(q)
+    return mass_q * _gap(mass_q, q, m), _gap(tl.exp(p), p, m)
 
 
 @triton.jit
@@ -67,17 +77,18 @@ def kd_loss_kernel(
     counts = tl.load(counts_ptr + row).to(tl.float32)
     offs = tl.arange(0, BLOCK_V)
     low = float("-inf")
-    top1, top_p, top_q = -3.0e38, -3.0e38, -3.0e38
+    # Maxima of the logits as they are: divided by a small temperature they may pass float32's range.
+    top1, top_p, top_q = low, low, low
     sum1, sum_p, sum_q = 0.0, 0.0, 0.0
     for start in range(0, V, BLOCK_V):
         mask = start + offs < V
         s = tl.load(s_ptr + start + offs, mask=mask, other=low).to(tl.float32)
         if HAS_LABELS:
-            top1, sum1 = _rescale(top1, sum1, s)
+            top1, sum1 = _rescale(top1, sum1, s, 1.0)
         if HAS_TEACHER:
             t = tl.load(t_ptr + start + offs, mask=mask, other=low).to(tl.float32)
-            top_p, sum_p = _rescale(top_p, sum_p, s / temperature)
-            top_q, sum_q = _rescale(top_q, sum_q, t / temperature)
+            top_p, sum_p = _rescale(top_p, sum_p, s, temperature)
+            top_q, sum_q = _rescale(top_q, sum_q, t, temperature)
     # Normalisers stay in two parts: their sum would round away bits of every log-probability.
     log1, log_p, log_q = 0.0, 0.0, 0.0
     label = 0
@@ -96,7 +107,7 @@ def kd_loss_kernel(
                 mask = start + offs < V
                 s = tl.load(s_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
                 t = tl.load(t_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
-                p, q = (s / temperature - top_p) - log_p, (t / temperature - top_q) - log_q
+                p, q = (s - top_p) / temperature - log_p, (t - top_q) / temperature - log_q
                 forward, slope = _terms(p, q, log_beta, log_rest, KIND)
                 mean += tl.sum(tl.where(mask, tl.exp(p) * slope, 0.0), 0)
                 kd += tl.sum(tl.where(mask, forward, 0.0), 0)
@@ -110,20 +121,21 @@ def kd_loss_kernel(
             gradient += (1.0 - alpha) * (tl.exp((s - top1) - log1) - hit)
         if HAS_TEACHER:
             t = tl.load(t_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
-            p, q = (s / temperature - top_p) - log_p, (t / temperature - top_q) - log_q
+            p, q = (s - top_p) / temperature - log_p, (t - top_q) / temperature - log_q
             if KIND == 0:
-                kd += tl.sum(tl.where(mask, tl.exp(q) * (q - p), 0.0), 0)
-                slope = tl.exp(p) - tl.exp(q)
+                mass = tl.exp(q)
+                kd += tl.sum(tl.where(mask, mass * _gap(mass, q, p), 0.0), 0)
+                slope = tl.exp(p) - mass
             else:
                 _, slope = _terms(p, q, log_beta, log_rest, KIND)
                 slope = (slope - mean) * tl.exp(p)
                 if KIND == 2:
                     slope *= 1.0 - beta
-            gradient += alpha * temperature * slope
-        gradient *= counts
+            gradient += tl.where(alpha > 0.0, alpha * temperature * slope, 0.0)
+        gradient = tl.where(counts > 0, gradient, 0.0)
         tl.store(s_ptr + start + offs, gradient.to(student_ptr.dtype.element_ty), mask=mask)
     if HAS_TEACHER:
-        tl.store(kd_ptr + row, kd * counts)
+        tl.store(kd_ptr + row, tl.where(counts > 0, kd, 0.0))
 
 
 def launch(

@@ -4,6 +4,9 @@ perplexity      exp of the mean negative log-likelihood of each token given thos
                 window; windows do not overlap, so a window of T tokens gives T - 1 of them
 kl              mean over the same positions of KL(reference || model), in nats
 top1_agreement  fraction of them where both find the same token most likely
+
+The figures of a broken model are figures too: a perplexity beyond float64, and a KL where the model rules
+out what the reference does not, are inf; logits of NaN make NaN, and agree with nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from llmkern._progress import Bar
 from llmkern.calibrate.data import Source, load_tokens, teller
 from llmkern.evaluate.speed import speeds, weight_bytes
 from llmkern.models import compute_dtype, computing_in, evaluation_mode
+from llmkern.reference.kd_loss import kl_rows
 
 # Logits are turned into float32 log-probabilities this many elements at a time (64 MiB).
 _CHUNK = 1 << 24
@@ -91,8 +95,8 @@ def evaluate(
         progress: say on standard error how far it is.
 
     Raises:
-        ValueError: bad data (see `llmkern.calibrate.load_tokens`), logits that hold NaN, or a
-            reference with another vocabulary.
+        ValueError: bad data (see `llmkern.calibrate.load_tokens`), or a reference with another
+            vocabulary.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
@@ -121,7 +125,7 @@ def evaluate(
     predicted = len(windows) * (windows.shape[1] - 1)
     nll, kl, agreed = (totals / predicted).tolist()
     return Evaluation(
-        perplexity=math.exp(nll),
+        perplexity=_exp(nll),
         kl=None if reference is None else kl,
         top1_agreement=None if reference is None else agreed,
         weight_bytes=weight_bytes(model),
@@ -146,6 +150,13 @@ def compute_dtypes(models: Sequence[nn.Module], asked: str = "auto") -> list[tor
         if 4 * halves > psutil.virtual_memory().available // 2:
             return [next(model.parameters()).dtype for model in models]
     return dtypes
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None = None) -> Tensor:
@@ -176,9 +187,6 @@ def score_logits(logits: Tensor, batch: Tensor, reference: Tensor | None = None)
         logits: [B * (T - 1), V], as `next_token_logits` gives them.
         batch: int64 [B, T], the tokens.
         reference: logits of the same shape; without them, KL and agreements are 0.
-
-    Raises:
-        ValueError: NaN in them.
     """
     targets = batch[:, 1:].flatten().to(logits.device)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -188,8 +196,8 @@ def score_logits(logits: Tensor, batch: Tensor, reference: Tensor | None = None)
         sums[0] -= chunk.gather(1, targets[i : i + rows, None]).double().sum().cpu()
         if reference is not None:
             want = reference[i : i + rows].to(chunk.device).float().log_softmax(-1)
-            sums[1] += (want.exp() * (want - chunk)).sum(-1).double().sum().cpu()
-            sums[2] += (want.argmax(-1) == chunk.argmax(-1)).sum().cpu()
-    if bool(sums.isnan().any()):
-        raise ValueError("model: its logits (or the reference's) hold NaN, expected numbers")
+            kl = kl_rows(want, chunk)
+            agree = (want.argmax(-1) == chunk.argmax(-1)) & ~kl.isnan()
+            sums[1] += kl.double().sum().cpu()
+            sums[2] += agree.sum().cpu()
     return sums

@@ -20,7 +20,7 @@ from llmkern import _backends
 from llmkern._backends import Backend
 from llmkern._dtypes import FLOATS
 from llmkern.ops._library import LIBRARY, expect, register
-from llmkern.reference.kd_loss import DIVERGENCES, kd_rows
+from llmkern.reference.kd_loss import DIVERGENCES, kd_rows, weighted
 
 SCHEMA = (
     "kd_loss(Tensor hidden, Tensor head, Tensor? labels, Tensor? teacher_logits, "
@@ -214,7 +214,7 @@ def _run(*arguments: Any) -> _Five:
                 head_sum += logits.t() @ hidden[part]
     torch.mul(total[0], scale, out=ce)
     torch.mul(total[1], scale, out=kd)
-    loss.copy_((1 - call.alpha) * ce + call.alpha * call.temperature**2 * kd)
+    loss.copy_(weighted(ce, kd, call.alpha, call.temperature))
     if call.need_hidden:
         grad_hidden *= scale.to(grad_hidden.dtype)
     if head_sum is not None:
@@ -261,7 +261,8 @@ def kd_loss(
 ) -> KdLoss:
     """Distillation loss of a student from its hidden states, logits never held for all tokens.
 
-    Differentiable once, in hidden and head; the gradients are computed in the forward pass.
+    Differentiable once, in hidden and head; the gradients are computed in the forward pass. Logits of
+    -inf mask tokens of a vocabulary; what else is not finite shows in the result where its row counts.
 
     Args:
         hidden: float32, bfloat16, float16 or float64 [..., D]: what enters the student's head, one row

@@ -120,9 +120,6 @@ def sensitivity(
     Returns:
         Full name of each block -> mean KL(before || before with that block of `after`), in nats per
         token; empty where blocks do not correspond: another number of them or another hidden size.
-
-    Raises:
-        ValueError: logits that hold NaN.
     """
     blocks, changed = find_blocks(before), find_blocks(after)
     sizes = [getattr(text_config(model), "hidden_size", None) for model in (before, after)]
