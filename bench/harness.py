@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from llmkern._json import to_json
 from llmkern._memory import empty_huge
 from llmkern.testing import relative_error
 
@@ -340,7 +341,7 @@ def run(bench: str, cases: Iterable[Case], baseline: str, options: Options) -> l
         old = options.json_path.read_text() if options.json_path.is_file() else ""
         if options.merge and old:
             record = _report.merge(json.loads(old), record)
-        options.json_path.write_text(json.dumps(record, indent=1) + "\n")
+        options.json_path.write_text(to_json(record, indent=1) + "\n")
     return timings
 
 

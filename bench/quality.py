@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmkern
+from llmkern._json import to_json
 from llmkern.assets import bundled_model_dir, calibration_text, evaluation_text
 from llmkern.calibrate import load_tokens
 
@@ -110,7 +111,7 @@ def main(
 def keep(json_file: Path | None, records: dict[str, Any]) -> None:
     """Write what has been measured so far, if a file was asked for."""
     if json_file is not None:
-        json_file.write_text(json.dumps(records, indent=1) + "\n")
+        json_file.write_text(to_json(records, indent=1) + "\n")
 
 
 def protocol(text: Path, held_out: Tensor, calibration: Path, samples: int, seeds: int) -> str:

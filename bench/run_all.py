@@ -21,6 +21,8 @@ import _report
 import torch
 import typer
 
+from llmkern._json import to_json
+
 HERE = Path(__file__).parent
 BENCHES = (
     "bench_w4a16_gemm",
@@ -55,13 +57,13 @@ def main(
             command = [sys.executable, str(HERE / f"{bench}.py"), "--json", file.name]
             command += ["--device", device, *shlex.split(extra)]
             if extra and bench in results:  # a part of a bench: the file's other cases stay
-                Path(file.name).write_text(json.dumps(results[bench]))
+                Path(file.name).write_text(to_json(results[bench]))
                 command.append("--merge")
             if subprocess.run(command).returncode:
                 failed.append(bench)  # the others still get their numbers
                 continue
             results[bench] = json.loads(Path(file.name).read_text())
-        output.write_text(json.dumps(results, indent=1) + "\n")
+        output.write_text(to_json(results, indent=1) + "\n")
     print(f"wrote {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     raise typer.Exit(len(failed) > 0)
 

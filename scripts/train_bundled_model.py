@@ -43,6 +43,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llmkern._json import to_json
 from llmkern.assets.corpus import documents, is_held_out, stable_hash
 
 ASSETS = Path(__file__).resolve().parents[1] / "llmkern" / "assets" / "stdlib-llama"
@@ -292,7 +293,7 @@ def train(
                 "threads": threads,
             }
             started, recent = time.perf_counter(), []
-            tqdm.write(json.dumps(entry))
+            tqdm.write(to_json(entry))
             save_checkpoint(checkpoint, model, optimizers, state)
 
 
@@ -342,7 +343,7 @@ def export(work_dir: WorkDir, output: Path = ASSETS) -> None:
         "hardware": f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()}",
         "history": state["history"],
     }
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (output / "training.json").write_text(to_json(record, indent=2) + "\n")
     typer.echo(f"held-out loss {loss:.4f}, perplexity {math.exp(loss):.3f}; written to {output}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -226,7 +225,9 @@ def check_file(path: Path | None, option: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a file of JSON, in a directory that is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    from llmkern._json import to_json
+
+    path.write_text(to_json(value, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def write_model(

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmkern._files import check_writable, sync_entry, sync_tree, write_whole
+from llmkern._json import numbers, to_json
 from llmkern._version import __version__
 from llmkern.models.linears import is_conv1d, is_linear, set_weight
 from llmkern.nn import is_packed
@@ -77,7 +78,7 @@ class Journal:
         """
         self.directory, self.resume = directory, resume
         self.finished, self.seconds = 0, 0.0
-        self._settings = _flat(json.loads(json.dumps(settings)))
+        self._settings = _flat(json.loads(to_json(settings)))
         self._started = time.perf_counter()
         self._packed_before: set[int] = set()
         self._take: Take = lambda index: {}
@@ -111,7 +112,7 @@ class Journal:
                 _put_back(blocks[index], state["packed"], tensors)
             except (SafetensorError, OSError, KeyError, AttributeError) as error:
                 raise ValueError(f"{where / _TENSORS}: got a damaged file ({error})") from error
-            self._give(index, blocks[index], state["notes"])
+            self._give(index, blocks[index], numbers(state["notes"]))
             if index + 1 < self.finished:  # left there by a run that was killed before deleting it
                 (where / _HIDDEN).unlink(missing_ok=True)
         return self.finished
@@ -158,7 +159,7 @@ class Journal:
             save_file({"hidden": hidden.detach().cpu().contiguous()}, partial / _HIDDEN)
         spent = self.seconds + time.perf_counter() - self._started
         state = {"packed": packed, "notes": self._take(index), "seconds": spent}
-        (partial / _NOTES).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        (partial / _NOTES).write_text(to_json(state) + "\n", encoding="utf-8")
         sync_tree(partial)
         os.replace(partial, self._block(index))
         sync_entry(self.directory)
@@ -169,7 +170,7 @@ class Journal:
         """Make the directory and write the settings, if that has not been done."""
         if not (self.directory / _SETTINGS).is_file():
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_whole(self.directory / _SETTINGS, json.dumps(self._settings, indent=1) + "\n")
+            write_whole(self.directory / _SETTINGS, to_json(self._settings, indent=1) + "\n")
 
     def training(self) -> Path:
         """The directory for the checkpoints of a training after the blocks."""
@@ -271,7 +272,7 @@ def _describe_model(model: nn.Module) -> dict[str, Any]:
     entry: dict[str, Any] = {"model": type(model).__name__}
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
-        values = json.loads(json.dumps(config.to_dict(), default=str))
+        values = json.loads(to_json(config.to_dict(), default=str))
         entry["config"] = {key: value for key, value in values.items() if key not in _ORIGIN}
         entry["attention"] = getattr(config, "_attn_implementation", None)
     digest = hashlib.sha256()

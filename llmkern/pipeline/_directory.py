@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkern._files import check_writable, write_whole
+from llmkern._json import to_json
 from llmkern.hf.save import check_content, replacing
 from llmkern.report import StageRecord
 from llmkern.wire.checkpoint_files import CONFIG
@@ -74,7 +75,7 @@ class RunDirectory:
         Raises:
             ValueError: the run that is there was started with other settings (shown).
         """
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(to_json(settings))
         if resume and self.is_run():
             before = json.loads((self.root / RUN).read_text(encoding="utf-8"))
             differences = _differences(before["settings"], settings)
@@ -89,7 +90,7 @@ class RunDirectory:
         self.root.mkdir(parents=True, exist_ok=True)
         for path in self.root.iterdir():  # the directory itself stays: it may be a mount point
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        write_whole(self.root / RUN, json.dumps({"settings": settings, **about}, indent=2) + "\n")
+        write_whole(self.root / RUN, to_json({"settings": settings, **about}, indent=2) + "\n")
         write_whole(self.root / RECIPE, recipe)
         return None
 
@@ -170,7 +171,7 @@ class RunDirectory:
 
 def _entry(record: StageRecord, notes: list[str], about: Mapping[str, Any]) -> str:
     entry = {"record": record.to_dict(), "notes": notes, **about}
-    return json.dumps(entry, indent=2) + "\n"
+    return to_json(entry, indent=2) + "\n"
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

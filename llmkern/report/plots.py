@@ -154,6 +154,13 @@ def _size(report: PipelineReport) -> Plot | None:
     caption = "Lower left is better." + (
         " The line follows the stages." if report.in_sequence else ""
     )
+    broken = [
+        f"{record.label} ({BY_KEY['perplexity'].show(y)})"
+        for record in report.stages
+        if (y := BY_KEY["perplexity"].value(record)) is not None and not math.isfinite(y)
+    ]
+    if broken:
+        caption += f" Off the scale: {', '.join(broken)}."
     return Plot("Size against perplexity", caption, _svg(figure, "size", "size against perplexity"))
 
 
@@ -278,7 +285,11 @@ def _blocks_axis(axes: Any) -> None:
 
 
 def _sensitivity(report: PipelineReport) -> Plot | None:
-    found = [record for record in report.stages if record.sensitivity]
+    found = [
+        record
+        for record in report.stages
+        if any(math.isfinite(value) for value in record.sensitivity.values())
+    ]
     if not found:
         return None
     figure = _figure(_WIDTHS[False], 4.0)
@@ -292,7 +303,7 @@ def _sensitivity(report: PipelineReport) -> Plot | None:
         shift = (index - (len(found) - 1) / 2) * width
         axes.bar(
             [x + shift for x in xs],
-            list(record.sensitivity.values()),
+            [value if math.isfinite(value) else 0.0 for value in record.sensitivity.values()],
             width * 0.92,
             color=_COLOURS[index % SERIES],
             label=record.label,
@@ -303,6 +314,8 @@ def _sensitivity(report: PipelineReport) -> Plot | None:
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2)
     caption = "KL to the model before the stage when one block alone is replaced by the stage's."
+    if not all(math.isfinite(value) for record in found for value in record.sensitivity.values()):
+        caption += " Blocks without a bar have no finite one."
     return Plot(
         "Sensitivity by block", caption, _svg(figure, "sensitivity", "sensitivity by block")
     )
@@ -318,8 +331,10 @@ def loss_curves(record: StageRecord) -> dict[str, list[tuple[int, float]]]:
                 curves.setdefault(name, []).append((step["step"], value))
     recovery = record.driver.get("recovery_loss") or []
     if recovery:
-        curves["recovery"] = list(enumerate(recovery, 1))
-    return curves
+        curves["recovery"] = [
+            (step, loss) for step, loss in enumerate(recovery, 1) if math.isfinite(loss)
+        ]
+    return {name: curve for name, curve in curves.items() if curve}
 
 
 def _loss(report: PipelineReport, *, wide: bool) -> Plot | None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmkern._json import numbers
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -54,7 +56,10 @@ class StageRecord:
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> StageRecord:
         """The record that `to_dict` made."""
-        return cls(**entry)
+        held = dict(entry)
+        for name in ("evaluation", "driver", "sensitivity"):
+            held[name] = numbers(held.get(name, {}))
+        return cls(**held)
 
 
 @dataclass

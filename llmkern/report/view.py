@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -288,8 +289,9 @@ def _cell(column: Column, record: StageRecord, original: StageRecord | None) -> 
     share = min(1.0, value / old) if bar and old else 1.0 if bar and original is None else None
     if not old or column.better == "" or column.key in _ABSOLUTE:
         return Cell(value, column.show(value), "", share)
-    note = f"{value / old:.2f}×" if column.key in _SPEEDS else percent(value / old - 1)
-    return Cell(value, column.show(value), note, share, _tone(column, value / old - 1))
+    change = _change_of(old, value)
+    note = f"{value / old:.2f}×" if column.key in _SPEEDS else percent(change)
+    return Cell(value, column.show(value), note, share, _tone(column, change))
 
 
 def _original_value(column: Column, record: StageRecord, original: StageRecord) -> float | None:
@@ -301,8 +303,20 @@ def _original_value(column: Column, record: StageRecord, original: StageRecord) 
     return column.value(original)
 
 
+def _same(old: float, new: float) -> bool:
+    """Whether two figures are one; those of broken models are inf or NaN."""
+    return new == old or (math.isnan(new) and math.isnan(old))
+
+
+def _change_of(old: float, new: float) -> float:
+    """Relative change of a figure, which may be inf or NaN."""
+    return 0.0 if _same(old, new) else new / old - 1
+
+
 def percent(change: float) -> str:
-    """A relative change with its sign: "−75 %", "+4.5 %", "±0 %"."""
+    """A relative change with its sign: "−75 %", "+4.5 %", "±0 %", "+∞ %"; "–" where there is none."""
+    if not math.isfinite(change):
+        return "–" if math.isnan(change) else "+∞ %"
     number = f"{100 * abs(change):.1f}" if abs(change) < 0.0995 else f"{100 * abs(change):,.0f}"
     if float(number.replace(",", "")) == 0:
         return "±0 %"
@@ -312,6 +326,8 @@ def percent(change: float) -> str:
 def _tone(column: Column, change: float) -> str:
     if abs(change) < _NOTICEABLE or not column.better:
         return ""
+    if math.isnan(change):
+        return "bad"
     return "good" if (change < 0) == (column.better == "low") else "bad"
 
 
@@ -322,7 +338,7 @@ def _front(report: PipelineReport) -> set[str]:
     points = [
         (record.name, record.disk_bytes, kl)
         for record in report.stages[1:]
-        if (kl := BY_KEY["kl"].value(record)) is not None
+        if (kl := BY_KEY["kl"].value(record)) is not None and not math.isnan(kl)
     ]
     return {
         name
@@ -364,7 +380,7 @@ def _change(column: Column, old: float | None, new: float) -> tuple[str, Line]:
         return "", Line("", column.phrase, "")
     path = f"{column.show(old)} → {column.show(new)}"
     if column.key in _ABSOLUTE:
-        moved = new - old
+        moved = 0.0 if _same(old, new) else new - old
         digits, unit, scale = (1, "points", 100) if column.key == "top1" else (4, "nats", 1)
         number = f"{scale * abs(moved):.{digits}f}"
         tone = (
@@ -375,7 +391,7 @@ def _change(column: Column, old: float | None, new: float) -> tuple[str, Line]:
             else "bad"
         )
         return tone, Line(f"{'−' if moved < 0 else '+'}{number} {unit}", column.phrase, path)
-    change = new / old - 1
+    change = _change_of(old, new)
     figure = f"{new / old:.2f}×" if column.key in _SPEEDS else percent(change)
     return _tone(column, change), Line(figure, column.phrase, path)
 
@@ -396,7 +412,7 @@ def _totals(report: PipelineReport) -> list[Tile | None]:
         old, new = column.value(first), column.value(last)
         if not old or not new:
             return None
-        change = new / old - 1
+        change = _change_of(old, new)
         if words is None:
             figure = percent(change)
         else:
@@ -425,7 +441,8 @@ def _totals(report: PipelineReport) -> list[Tile | None]:
 def _winners(report: PipelineReport) -> list[Tile | None]:
     def best(key: str, title: str) -> Tile | None:
         column = BY_KEY[key]
-        found = [(v, r) for r in report.stages[1:] if (v := column.value(r)) is not None]
+        measured = [(column.value(record), record) for record in report.stages[1:]]
+        found = [(v, r) for v, r in measured if v is not None and not math.isnan(v)]
         if not found:
             return None
         pick = min if column.better == "low" else max

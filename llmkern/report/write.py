@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -13,6 +12,7 @@ from importlib import resources
 from itertools import takewhile
 from pathlib import Path
 
+from llmkern._json import to_json
 from llmkern.report import view
 from llmkern.report.records import PipelineReport
 
@@ -41,7 +41,7 @@ def write_report(report: PipelineReport, directory: str | Path) -> list[Path]:
     shown = view.distinct_labels(report)
     # The figures first: what draws them is more likely to fail.
     makers: dict[str, Callable[[], str]] = {
-        "report.json": lambda: json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n",
+        "report.json": lambda: to_json(report.to_dict(), indent=2, ensure_ascii=False) + "\n",
         "report.md": lambda: markdown(shown),
         "report.html": lambda: html(shown),
     }

@@ -1,6 +1,6 @@
 """One training loop for everything that trains: distillation, recovery, fine-tuning."""
 
-from llmkern.train._loop import Order, Place, Prepare, Step, TrainReport, fit
+from llmkern.train._loop import Order, Place, Prepare, Step, Sums, TrainReport, fit
 from llmkern.train._options import TrainOptions
 from llmkern.train.lion import Lion
 
@@ -10,6 +10,7 @@ __all__ = [
     "Place",
     "Prepare",
     "Step",
+    "Sums",
     "TrainOptions",
     "TrainReport",
     "fit",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmkern._files import sync_tree
+from llmkern._json import numbers, to_json
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
 
@@ -40,7 +41,7 @@ class Checkpoint:
             for key, value in optimizer.state.get(weight, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).cpu().contiguous()
         save_file(tensors, self._next / _TENSORS)
-        (self._next / _STATE).write_text(json.dumps(state) + "\n")
+        (self._next / _STATE).write_text(to_json(state) + "\n")
         sync_tree(self._next)
         if self._newest.exists():
             # A process that was killed may have left one that was still to be deleted.
@@ -62,7 +63,7 @@ class Checkpoint:
         found = next((d for d in (self._newest, self._before) if (d / _STATE).is_file()), None)
         if found is None:
             return None
-        state: dict[str, Any] = json.loads((found / _STATE).read_text())
+        state: dict[str, Any] = numbers(json.loads((found / _STATE).read_text()))
         for name, value in settings.items():
             if state["settings"].get(name) != value:
                 raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern._json import numbers, to_json
 from llmkern._progress import Bar
 from llmkern.train._checkpoint import Checkpoint
 from llmkern.train._options import TrainOptions
@@ -69,6 +70,8 @@ class Place:
 
 # What replaces the rows of a forward: for instance by tokens that the student has sampled.
 Prepare = Callable[[dict[str, Tensor], Place], dict[str, Tensor]]
+# What the rows of a forward add to sums that each forward of the step needs whole.
+Sums = Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass
@@ -99,6 +102,7 @@ def fit(
     *,
     progress: bool = False,
     prepare: Prepare | None = None,
+    sums: Sums | None = None,
     after_step: Callable[[], None] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> TrainReport:
@@ -115,6 +119,9 @@ def fit(
         prepare: gets the rows of each forward, on the device, and its place, and returns what the
             forward takes, "input_ids" among it. Called before a step's first forward, in the precision
             of the training.
+        sums: gets what each forward of a step takes, before the first, and returns a tensor; the total,
+            over the number of processes, is the entry "sums" of what each forward takes. Not called
+            where a step is one forward of one process.
         after_step: called after each update, for instance to put pruned zeros back.
         settings: ready for JSON; a checkpoint of a run with other settings is refused as one with
             other options is.
@@ -151,7 +158,8 @@ def fit(
     started = time.perf_counter()
     with _Log(options, accelerator.is_main_process, progress, first) as log:
         for step in range(first, options.steps):
-            entry = run.step(step, run.batches(step, data, prepare), report)
+            batches = run.add_sums(run.batches(step, data, prepare), sums)
+            entry = run.step(step, batches, report)
             report.steps.append(entry)
             if after_step is not None:
                 after_step()
@@ -193,7 +201,7 @@ class _Run:
         self._settings = {name: getattr(options, name) for name in _SETTINGS}
         self._settings |= {"rows": rows, "processes": accelerator.num_processes}
         # As JSON gives them back, so that they can be compared.
-        self._settings |= json.loads(json.dumps(dict(settings)))
+        self._settings |= numbers(json.loads(to_json(dict(settings))))
 
     def restore(self, report: TrainReport) -> int:
         """Number of steps that a checkpoint has already done."""
@@ -232,6 +240,18 @@ class _Run:
                     batch = prepare(batch, Place(step, micro, first))
             found.append(batch)
         return found
+
+    def add_sums(
+        self, batches: list[dict[str, Tensor]], sums: Sums | None
+    ) -> list[dict[str, Tensor]]:
+        """The same with sums over the whole step, where a forward does not know them itself."""
+        accelerator = self._accelerator
+        if sums is None or len(batches) * accelerator.num_processes == 1:
+            return batches
+        with torch.no_grad(), accelerator.autocast():
+            total = torch.stack([sums(batch) for batch in batches]).sum(0)
+        total = accelerator.reduce(total, "sum") / accelerator.num_processes
+        return [batch | {"sums": total} for batch in batches]
 
     def step(self, step: int, batches: list[dict[str, Tensor]], report: TrainReport) -> Step:
         options, accelerator = self._options, self._accelerator

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny_models import tiny
 from torch import Tensor
+from typer.testing import CliRunner
 
+from llmkern.cli import build_app
 from llmkern.evaluate import score_logits
 from llmkern.ops.kd_loss import BACKENDS
+from llmkern.pipeline import Pipeline, Quantize
+from llmkern.pipeline.compare import compare
 from llmkern.reference.kd_loss import DIVERGENCES
 from llmkern.reference.kd_loss import kd_loss as specification
+from llmkern.report import PipelineReport, write_report
 
 INF, NAN = float("inf"), float("nan")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 V, T, BETA = 16, 1.7, 0.3
+TOKENS = torch.arange(4 * 16).view(4, 16) % 96
 
 
 def by_hand(s: list[float], t: list[float], divergence: str, T: float = T) -> float:
@@ -175,3 +186,72 @@ def test_evaluation_with_masked_tokens() -> None:
         _, kl, agreed = score_logits(student, tokens, teacher).tolist()
         assert kl == pytest.approx(want, rel=1e-5), name
         assert agreed == sum(s.index(max(s)) == t.index(max(t)) for s, t in pairs), name
+
+
+def strict(path: Path) -> Any:
+    """A JSON file, read as parsers do that know no NaN and no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{path}: {constant}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def evaluations(report: PipelineReport) -> str:
+    """As text, in which NaN equals itself."""
+    return repr([(record.evaluation, record.sensitivity) for record in report.stages])
+
+
+def broken_model(value: float) -> Any:
+    """Logits of `value` times a random number."""
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(value)
+    return model
+
+
+# scale of the head -> what its perplexity is
+BROKEN = {"overflows": (1e6, INF), "nan": (NAN, NAN)}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_pipeline_goes_on_with_a_broken_model(name: str, tmp_path: Path) -> None:
+    scale, perplexity = BROKEN[name]
+    broken_model(scale).save_pretrained(tmp_path / "model")
+    run = {"calibration": TOKENS, "evaluation": TOKENS[:2], "speed": False}
+    stages = [Quantize("rtn", group_size=32)]
+    out = tmp_path / "out"
+    report = Pipeline(stages).run(tmp_path / "model", out, **run)
+    for record in report.stages:
+        assert str(record.evaluation["perplexity"]) == str(perplexity)
+    for path in out.rglob("*.json"):
+        strict(path)
+    read = PipelineReport.from_dict(strict(out / "report.json"))
+    assert evaluations(read) == evaluations(report)
+    for gone in ("report.json", "report.md"):
+        (out / gone).unlink()
+    again = Pipeline(stages).run(tmp_path / "model", out, resume=True, **run)
+    assert evaluations(again) == evaluations(report)
+    assert str(perplexity) in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_comparison_and_an_evaluation_of_a_broken_model(name: str, tmp_path: Path) -> None:
+    scale, perplexity = BROKEN[name]
+    model = broken_model(scale)
+    report = compare(
+        model, methods=["rtn 4-bit"], calibration=TOKENS, evaluation=TOKENS[:2], speed=False
+    )
+    write_report(report, tmp_path)
+    assert len(report.stages) == 2
+    assert strict(tmp_path / "report.json")["stages"][1]["evaluation"]["perplexity"] in (
+        "Infinity",
+        "NaN",
+    )
+    model.save_pretrained(tmp_path / "model")
+    save_file({"input_ids": TOKENS[:2]}, tmp_path / "tokens.safetensors")
+    arguments = ["eval", str(tmp_path / "model"), "--tokens", str(tmp_path / "tokens.safetensors")]
+    result = CliRunner().invoke(build_app(), [*arguments, "--json", str(tmp_path / "eval.json")])
+    assert result.exit_code == 0, result.output
+    assert str(perplexity) in result.output
+    assert float(strict(tmp_path / "eval.json")["perplexity"]) != 0

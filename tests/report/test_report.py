@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -264,3 +265,46 @@ def test_a_failed_write_leaves_the_old_report(
 )
 def test_figures_are_written_for_a_reader(show: object, value: float, text: str) -> None:
     assert show(value) == text  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan], ids=["inf", "nan"])
+@pytest.mark.parametrize("in_sequence", [True, False], ids=["pipeline", "comparison"])
+def test_a_broken_model_is_shown_as_one(
+    sample: PipelineReport, value: float, in_sequence: bool, tmp_path: Path
+) -> None:
+    sample.in_sequence = in_sequence
+    for record in sample.stages[2:]:
+        record.evaluation.update(perplexity=value, kl=value)
+    sample.stages[1].sensitivity["model.layers.1"] = value
+    sample.stages[1].driver["recovery_loss"] = [value, value]
+    sample.stages[3].driver["training"]["steps"][0]["metrics"]["ce"] = value
+    write_report(sample, tmp_path)
+    text = (tmp_path / "report.json").read_text()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    read = PipelineReport.from_dict(json.loads(text, parse_constant=refuse))
+    assert repr(read.stages) == repr(sample.stages)
+    shown = "inf" if value == math.inf else "nan"
+    columns = view.used_columns(sample)
+    cells = {
+        column.key: cell
+        for row in view.rows(sample, columns)[2:]
+        for column, cell in zip(columns, row.cells, strict=True)
+    }
+    assert cells["perplexity"].text == cells["kl"].text == shown
+    assert cells["perplexity"].tone == "bad"
+    assert cells["perplexity"].note == ("+∞ %" if value == math.inf else "–")
+    assert f"| {shown} ({cells['perplexity'].note}) |" in markdown(sample)
+    assert f"({shown})" in "".join(plot.caption for plot in plots(sample))
+    if in_sequence:
+        (line,) = (line for line in view.steps(sample)[1].cost if line.phrase == "perplexity")
+        assert line.path == f"9.900 → {shown}"
+        last = view.steps(sample)[2]
+        assert not {"perplexity", "KL to the original"} & {
+            line.phrase for line in (*last.bought, *last.cost)
+        }
+    else:
+        tiles = {tile.title: tile.figure for tile in view.tiles(sample)}
+        assert tiles["Closest to the original (KL)"] == sample.stages[1].label
