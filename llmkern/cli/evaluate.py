@@ -98,6 +98,7 @@ def evaluate(
     for directory in (model_dir, reference):
         check_head(directory)
     tokenizer = open_tokenizer(model_dir)
+    reference_tokenizer = open_tokenizer(reference) if reference else None
 
     def opened(directory: str) -> Any:
         return open_model(directory, dtype, device, sparse=not dense)
@@ -112,6 +113,7 @@ def evaluate(
         seq_len=seq_len,
         text_field=text_field,
         reference=opened(reference) if reference else None,
+        reference_tokenizer=reference_tokenizer,
         progress=True,
     ).to_dict()
     table = Table(show_header=False)

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
+from llmkern._json import to_json
 from llmkern._progress import Bar
 from llmkern.distill._generate import (
     SamplingOptions,
@@ -22,6 +23,7 @@ from llmkern.distill._generate import (
 )
 from llmkern.distill._rows import Tokens, prompt_tokens
 from llmkern.distill._texts import Pair, json_lines
+from llmkern.models.vocabulary import known_tokens
 
 _KIND = "llmkern answers"
 
@@ -79,7 +81,7 @@ def collect_answers(
         for i in sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for k in range(questions.per_prompt)
     ]
-    ends = stop_tokens(teacher, tokenizer)
+    ends, known = stop_tokens(teacher, tokenizer), known_tokens(tokenizer)
     size = questions.batch_size
     batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     with _Writer(path, header, len(found), len(jobs), progress) as writer:
@@ -87,7 +89,7 @@ def collect_answers(
             if all(job in found for job in batch):
                 continue
             # A batch of which some answers are there is done again whole: to the same numbers.
-            answers = _answer_batch(teacher, tokenizer, questions, batch, rows, ends)
+            answers = _answer_batch(teacher, tokenizer, questions, batch, rows, ends, known)
             for job, answer in zip(batch, answers, strict=True):
                 if job not in found:
                     found[job] = answer
@@ -103,12 +105,15 @@ def _answer_batch(
     batch: Sequence[tuple[int, int]],
     rows: Sequence[Tokens],
     ends: Sequence[int],
+    known: int,
 ) -> list[Pair]:
     count = questions.sampling.max_new_tokens
     uniforms = torch.stack(
         [seeded_uniforms(count, "answers", questions.seed, i, k) for i, k in batch]
     )
-    sampled = sample(teacher, [rows[i] for i, _ in batch], uniforms, questions.sampling, ends)
+    # Padding of the teacher's table is no text.
+    prompts = [rows[i] for i, _ in batch]
+    sampled = sample(teacher, prompts, uniforms, questions.sampling, ends, None, known)
     pairs = []
     for (i, _), ids, labels in zip(batch, sampled.input_ids, sampled.labels, strict=True):
         drawn = ids[labels != -100].tolist()
@@ -254,4 +259,4 @@ class _Writer:
 
     def _line(self, entry: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._file.write(to_json(entry, ensure_ascii=False) + "\n")

@@ -86,7 +86,8 @@ def distill(
             comes with llmkern. Not for "sequence" and "in_context", which have prompts and answers.
         tokenizer: the student's; needed where the data is text.
         teacher_tokenizer: the teacher's, by default the student's. If given, checked to be the same
-            where logits are compared.
+            where logits are compared. With one tokenizer, tables of embeddings may be padded to another
+            size: losses are then taken over the tokenizer's tokens alone.
         seq_len: tokens per window; of prompt and answer together, at most.
         samples: most windows to train on; None: 4096.
         text_field: field of the data's rows that holds their text; None chooses, and says which.
@@ -148,6 +149,7 @@ def distill(
                     training,
                     progress=progress,
                     prepare=plan.prepare,
+                    sums=plan.sums,
                     settings={"method": method}
                     | {k: v for k, v in used.items() if k not in _PLACES},
                 )

@@ -118,6 +118,7 @@ def sample(
     options: SamplingOptions,
     ends: Sequence[int] = (),
     mixture: Mixture | None = None,
+    vocabulary: int | None = None,
 ) -> Sampled:
     """Continue each prompt.
 
@@ -127,7 +128,8 @@ def sample(
         uniforms: float [B, max_new_tokens] in [0, 1): what each token is drawn with.
         options: how.
         ends: tokens after which a row is complete.
-        mixture: also draw from another model of the same tokens, whose vocabulary is at least as large.
+        mixture: also draw from another model of the same tokens.
+        vocabulary: draw from the first tokens only, which both models have; None: from all.
 
     Returns:
         `Sampled`, on the model's device.
@@ -137,7 +139,8 @@ def sample(
     pad = ends[0] if ends else 0
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    V, stops = vocabulary_size(model), torch.tensor(list(ends), device=device, dtype=torch.int64)
+    V = vocabulary or vocabulary_size(model)
+    stops = torch.tensor(list(ends), device=device, dtype=torch.int64)
     log_probs = torch.zeros_like(ids, dtype=torch.float32)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     with ExitStack() as stack:

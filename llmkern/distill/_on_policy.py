@@ -89,6 +89,7 @@ class OnPolicy:
         if self._prompts is not None:
             lengths, source = [len(prompt) for prompt in self._prompts], "prompts"
         check_room(lengths, options.max_new_tokens, readers, source)
+        self._vocabulary = job.vocabulary
 
     def data(self, job: DistillJob, needed: bool) -> Tensor:
         """What `fit` takes its rows from, int64 [n, T].
@@ -133,7 +134,15 @@ class OnPolicy:
         uniforms = torch.stack(
             [seeded_uniforms(count, "on-policy", self._seed, position) for position in positions]
         )
-        return sample(self._student, prompts, uniforms, self._options, self._ends, self._mixture)
+        return sample(
+            self._student,
+            prompts,
+            uniforms,
+            self._options,
+            self._ends,
+            self._mixture,
+            self._vocabulary,
+        )
 
 
 def _encoded(job: DistillJob, options: OnPolicyOptions) -> list[Tokens]:
@@ -143,4 +152,8 @@ def _encoded(job: DistillJob, options: OnPolicyOptions) -> list[Tokens]:
     if options.chat_template and not getattr(job.tokenizer, "chat_template", None):
         raise ValueError("chat_template: got True, expected a tokenizer that has a chat template")
     texts = read_prompts(options.prompts)
-    return [prompt_tokens(job.tokenizer, text, options.chat_template) for text in texts]
+    prompts = [prompt_tokens(job.tokenizer, text, options.chat_template) for text in texts]
+    job.check_shared(
+        torch.tensor([0, *(token for prompt in prompts for token in prompt)]), "prompts"
+    )
+    return prompts

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from llmkern.calibrate import load_windows
 from llmkern.calibrate.data import Source, teller
-from llmkern.models import vocabulary_size
-from llmkern.train import Prepare, TrainOptions
+from llmkern.models.vocabulary import logits_width, shared_vocabulary
+from llmkern.train import Prepare, Sums, TrainOptions
 
 
 @dataclass
@@ -28,6 +28,8 @@ class DistillJob:
         progress: show bars.
         text_field: see `distill`.
         notes: what was found in the data.
+        vocabulary: first tokens, which alone are compared, once `check_tokens` has found that the models'
+            tables differ in size; else None.
     """
 
     student: Any
@@ -41,10 +43,11 @@ class DistillJob:
     progress: bool
     text_field: str | None = None
     notes: list[str] = field(default_factory=list)
+    vocabulary: int | None = None
 
     def windows(self) -> Tensor:
         """Windows of the data, int64 [n, seq_len]; errors are those of `load_windows`."""
-        return load_windows(
+        windows = load_windows(
             self.data,
             self.student,
             self.tokenizer,
@@ -55,31 +58,33 @@ class DistillJob:
             argument="data",
             said=teller(self.notes, shown=self.progress),
         )
+        self.check_shared(windows, "data")
+        return windows
 
     def check_tokens(self) -> None:
-        """Refuse models whose logits do not mean the same tokens.
+        """Refuse models whose logits do not mean the same tokens; find those that both know.
 
         Raises:
             ValueError: no teacher, different tokenizers or vocabularies.
         """
         if self.teacher is None:
             raise ValueError("teacher: got None, expected a model: its logits are compared")
-        if self.tokenizer is not None and self.teacher_tokenizer is not None:
-            mine, theirs = self.tokenizer.get_vocab(), self.teacher_tokenizer.get_vocab()
-            if mine != theirs:
-                odd = next(t for t in {**theirs, **mine} if mine.get(t) != theirs.get(t))
-                raise ValueError(
-                    f"tokenizer: got another vocabulary than the teacher's ({odd!r} is "
-                    f"{mine.get(odd)} in one and {theirs.get(odd)} in the other), expected the same: "
-                    "logits are compared"
-                )
-        sizes = vocabulary_size(self.student), vocabulary_size(self.teacher)
-        padded = self.teacher_tokenizer is not None and (sizes[0] or 0) <= (sizes[1] or 0)
-        if sizes[0] != sizes[1] and not padded:
-            # With equal tokenizers the teacher may be padded to a rounder size.
+        self.vocabulary = shared_vocabulary(
+            (logits_width(self.student), logits_width(self.teacher)),
+            (self.tokenizer, self.teacher_tokenizer),
+            ("student", "teacher"),
+        )
+
+    def check_shared(self, tokens: Tensor, argument: str) -> None:
+        """Refuse tokens that only one of the models knows.
+
+        Raises:
+            ValueError: a token outside of what `check_tokens` has found.
+        """
+        if self.vocabulary is not None and int(tokens.max()) >= self.vocabulary:
             raise ValueError(
-                f"student: got a vocabulary of {sizes[0]}, expected the teacher's, {sizes[1]}: logits "
-                "are compared"
+                f"{argument}: got token {int(tokens.max())}, expected tokens below {self.vocabulary}, "
+                "those of the tokenizer: what is beyond is padding of a model's table"
             )
 
 
@@ -93,6 +98,7 @@ class Plan:
         prepare: see `fit`.
         notes: what the user should know.
         every: checkpoints are possible after a multiple of so many steps.
+        sums: see `fit`.
     """
 
     module: nn.Module
@@ -100,6 +106,7 @@ class Plan:
     prepare: Prepare | None = None
     notes: list[str] = field(default_factory=list)
     every: int = 1
+    sums: Sums | None = None
 
 
 def main_process_first(model: nn.Module) -> AbstractContextManager[None]:

@@ -26,7 +26,14 @@ class MoreLosses(Protocol):
     weights: dict[str, float]
 
     def __call__(self, *args: Any) -> dict[str, Tensor]:
-        """The losses by name, of both models' `Outputs` and a mask [B, T] of what counts."""
+        """A batch's part of a step's losses by name.
+
+        Of both models' `Outputs`, a mask [B, T] of what counts, the batch's share of the step's
+        predictions, and the step's `sums`, or None if the batch is all that there is.
+        """
+
+    def sums(self, teacher: Outputs, counts: Tensor) -> Tensor:
+        """What is added up over a step before its first forward."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +89,9 @@ def soft_loss(
         return _from_logits(student, teacher, wanted, options, num_items)
     teacher_logits = teacher_hidden = teacher_head = None
     if teacher is not None and teacher.hidden is not None and teacher.head is not None:
-        # Equal tokenizers, but the teacher's table may be padded.
-        teacher_hidden, teacher_head = teacher.hidden, teacher.head[: len(student.head)]
+        teacher_hidden, teacher_head = teacher.hidden, teacher.head
     elif teacher is not None:
-        teacher_logits = teacher.all_logits()[:, : len(student.head)]
+        teacher_logits = teacher.all_logits()
     out = kd_loss(
         student.hidden,
         student.head,
@@ -116,7 +122,7 @@ def _from_logits(
         return {"loss": ce / num_items, "ce": ce / num_items, "kd": torch.zeros_like(ce)}
     losses = plain_loss(
         logits,
-        teacher.all_logits()[:, : logits.shape[-1]].float(),
+        teacher.all_logits().float(),
         wanted,
         alpha=options.alpha,
         temperature=options.temperature,

@@ -67,7 +67,7 @@ def plan_gkd(job: DistillJob, options: GkdOptions) -> Plan:
         names = ("input_ids", "attention_mask", "labels")
         return {name: getattr(rows, name) for name in names}
 
-    module = Distiller(job.student, job.teacher, options.soft(), windows[:1, :8])
+    module = Distiller(job.student, job.teacher, options.soft(), job.vocabulary)
     return Plan(module, {"input_ids": windows}, prepare)
 
 

@@ -74,15 +74,35 @@ class HiddenLoss(nn.Module):
                 for _ in self._pairs
             )
 
-    def forward(self, student: Outputs, teacher: Outputs, counts: Tensor) -> dict[str, Tensor]:
-        """{"hidden", "attention"}: means over pairs; `counts` bool [B, T] are the tokens in the mean."""
+    def sums(self, teacher: Outputs, counts: Tensor) -> Tensor:
+        """Sum of the squares of the teacher's states, of each pair, float32 [pairs]."""
+        states = (teacher.states[theirs - 1][counts].float() for _, theirs in self._pairs)
+        return torch.stack([state.square().sum() for state in states])
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: Outputs,
+        counts: Tensor,
+        share: Tensor,
+        sums: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """{"hidden", "attention"}: a batch's part of a step's losses, means over pairs.
+
+        Args:
+            student, teacher: with their states, and maps if these are compared.
+            counts: bool [B, T], the tokens whose states are compared.
+            share: of the batch in the step's predictions.
+            sums: `sums` of the step; None where the batch stands for it.
+        """
+        whole = self.sums(teacher, counts) / share if sums is None else sums
         hidden = []
         for i, (mine, theirs) in enumerate(self._pairs):
             a, b = student.states[mine - 1], teacher.states[theirs - 1].detach()
             if len(self.projections):
                 a = self.projections[i](a)
-            a, b = a[counts].float(), b[counts].float()
-            hidden.append((a - b).square().mean() / b.square().mean().clamp(min=1e-12))
+            error = (a[counts].float() - b[counts].float()).square().sum()
+            hidden.append(error / whole[i].clamp(min=torch.finfo(whole.dtype).tiny))
         losses = {"hidden": torch.stack(hidden).mean()}
         if self._options.attention_weight:
             maps = []
@@ -91,7 +111,7 @@ class HiddenLoss(nn.Module):
                 if a.shape[1] != b.shape[1]:
                     a, b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
                 maps.append((a - b).square().sum(-1).mean())
-            losses["attention"] = torch.stack(maps).mean()
+            losses["attention"] = torch.stack(maps).mean() * share
         return losses
 
 

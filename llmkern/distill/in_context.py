@@ -116,7 +116,7 @@ def plan_in_context(job: DistillJob, options: InContextOptions) -> Plan:
         data |= {names[name]: tensor for name, tensor in pad_rows(same, pad).items()}
     check_vocabulary(job, data)
     teacher = job.teacher if options.alpha > 0 else None
-    module = Distiller(job.student, teacher, options.soft(), data["input_ids"][:1, :8])
+    module = Distiller(job.student, teacher, options.soft(), job.vocabulary)
     return Plan(module, data, trim, notes)
 
 

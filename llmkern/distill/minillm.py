@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmkern.distill._generate import Sampled
-from llmkern.distill._heads import Outputs, has_plain_head, run
+from llmkern.distill._heads import Outputs, Reader
 from llmkern.distill._method import HALF, DistillMethod
 from llmkern.distill._on_policy import OnPolicy, OnPolicyOptions
 from llmkern.distill._plan import DistillJob, Plan
 from llmkern.distill._soft_loss import SoftOptions, soft_loss
+from llmkern.reference.kd_loss import kl_rows
 from llmkern.train import Place
 
 WEIGHTINGS = ("token", "sequence")
@@ -98,7 +99,7 @@ def plan_minillm(job: DistillJob, options: MiniLlmOptions) -> Plan:
         rows = kept[place.micro]._asdict()
         return rows | ({"windows": batch["input_ids"]} if options.lm_weight else {})
 
-    module = MiniLlm(job.student, job.teacher, options, windows[:1, :8], job.training.accumulate)
+    module = MiniLlm(job.student, job.teacher, options, job.training.accumulate, job.vocabulary)
     return Plan(module, {"input_ids": windows}, prepare, every=options.refresh)
 
 
@@ -110,16 +111,16 @@ class MiniLlm(nn.Module):
         student: Any,
         teacher: Any,
         options: MiniLlmOptions,
-        probe: Tensor,
         accumulate: int = 1,
+        vocabulary: int | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         # In a list, so that the teacher is neither trained, saved nor wrapped with the rest.
         self._teacher = [teacher]
         self._options, self._accumulate = options, accumulate
-        student.eval()
-        self._plain = [has_plain_head(m, probe.to(m.device)) for m in (student, teacher)]
+        self._vocabulary = vocabulary
+        self._readers = Reader(), Reader()
 
     def forward(self, batch: dict[str, Tensor], num_items: float) -> dict[str, Tensor]:
         """{"loss", "kd", "ce"}: the surrogate, the reverse KL per drawn token, the data's cross-entropy.
@@ -130,19 +131,21 @@ class MiniLlm(nn.Module):
         """
         keep = batch["labels"][:, 1:] != -100
         wanted = batch["labels"][:, 1:][keep]
-        mine = run(self.student, batch, self._plain[0]).predicting(keep)
+        mine = self._readers[0](self.student, batch).predicting(keep, self._vocabulary)
         teacher = self._teacher[0]
         with torch.no_grad():
             device = next(teacher.parameters()).device
             inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-            theirs = run(teacher, inputs, self._plain[1]).predicting(keep.to(device))
+            theirs = self._readers[1](teacher, inputs)
+            theirs = theirs.predicting(keep.to(device), self._vocabulary)
         log_q, log_p, kl = _terms(mine, theirs.to(wanted.device), wanted)
         drawn = batch["log_probs"][:, 1:][keep]
         loss = policy_loss((log_q, log_p, kl, drawn), keep, self._options) / num_items
         losses = {"loss": loss, "kd": kl.detach().sum() / num_items}
         if self._options.lm_weight:
             windows = batch["windows"]
-            rows = run(self.student, {"input_ids": windows}, self._plain[0]).predicting()
+            rows = self._readers[0](self.student, {"input_ids": windows})
+            rows = rows.predicting(vocabulary=self._vocabulary)
             count = windows[:, 1:].numel() * self._accumulate
             ce = soft_loss(rows, None, windows[:, 1:].flatten(), SoftOptions(0.0), count)["loss"]
             losses |= {"loss": loss + self._options.lm_weight * ce, "ce": ce.detach()}
@@ -211,12 +214,10 @@ def _chunk(
     mine: Tensor, head: Tensor | None, theirs: Tensor, their_head: Tensor | None, wanted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = mine if head is None else mine @ head.t()
-    # Equal tokenizers, but the teacher's table may be padded.
-    V = logits.shape[-1]
-    target = theirs[:, :V] if their_head is None else theirs @ their_head[:V].t()
+    target = theirs if their_head is None else theirs @ their_head.t()
     work = torch.promote_types(logits.dtype, torch.float32)
     q, p = logits.to(work).log_softmax(-1), target.to(work).log_softmax(-1)
-    kl = (q.exp() * (q - p)).sum(-1)
+    kl = kl_rows(q, p)
     return q.gather(1, wanted[:, None])[:, 0], p.gather(1, wanted[:, None])[:, 0], kl
 
 

@@ -108,7 +108,7 @@ def plan_sequence(job: DistillJob, options: SequenceOptions) -> Plan:
     rows = [pair_tokens(job.tokenizer, pair, options.chat_template) for _, pair in lessons]
     data = pad_rows(fit_rows(rows, row_limit(job), "prompts", notes), pad_token(job.tokenizer))
     check_vocabulary(job, data)
-    module = Distiller(job.student, None, SoftOptions(alpha=0.0), data["input_ids"][:1, :8])
+    module = Distiller(job.student, None, SoftOptions(alpha=0.0))
     return Plan(module, data, trim, notes)
 
 
@@ -262,6 +262,9 @@ def check_vocabulary(job: DistillJob, data: dict[str, Tensor]) -> None:
         raise ValueError(
             f"tokenizer: got token {largest}, expected tokens below the student's vocabulary of {size}"
         )
+    for name in ("input_ids", "teacher_ids"):
+        if name in data:
+            job.check_shared(data[name], "tokenizer")
 
 
 METHOD = DistillMethod(

@@ -11,8 +11,9 @@ out what the reference does not, are inf; logits of NaN make NaN, and agree with
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from llmkern._dtypes import dtype_name
 from llmkern._progress import Bar
 from llmkern.calibrate.data import Source, load_tokens, teller
 from llmkern.evaluate.speed import speeds, weight_bytes
-from llmkern.models import compute_dtype, computing_in, evaluation_mode
+from llmkern.models import compute_dtype, computing_in, evaluation_mode, vocabulary_size
+from llmkern.models.vocabulary import shared_vocabulary
 from llmkern.reference.kd_loss import kl_rows
 
 # Logits are turned into float32 log-probabilities this many elements at a time (64 MiB).
@@ -72,6 +74,7 @@ def evaluate(
     seq_len: int | None = None,
     text_field: str | None = None,
     reference: nn.Module | None = None,
+    reference_tokenizer: Any = None,
     batch_size: int = 4,
     speed: bool = True,
     compute_dtype: str = "auto",
@@ -87,7 +90,9 @@ def evaluate(
         tokenizer: needed for text.
         seq_len: tokens per window; by default a tensor's own width, else 512.
         text_field: field of the data's rows that holds their text; None chooses, and says which.
-        reference: the model that `model` was made from, with the same vocabulary.
+        reference: the model that `model` was made from, with the same tokenizer. Where their tables of
+            embeddings differ in size, the KL and the agreement are those of the tokenizer's tokens.
+        reference_tokenizer: the reference's, by default the model's. If given, checked to be the same.
         batch_size: windows per forward.
         speed: measure prefill and decoding too, in the model's own dtype.
         compute_dtype: that logits are computed in; "auto": float32 where the processor multiplies the
@@ -109,6 +114,11 @@ def evaluate(
         said=teller(shown=progress),
     )
     models = [model] if reference is None else [model, reference]
+    shared = _sharing(windows, (reference_tokenizer, tokenizer))
+    if reference is not None:
+        theirs, mine = vocabulary_size(reference), vocabulary_size(model)
+        if theirs is not None and mine is not None:
+            shared(theirs, mine)  # before anything is computed
     totals = torch.zeros(3, dtype=torch.float64)
     dtypes = compute_dtypes(models, compute_dtype)
     batches = torch.split(windows, batch_size)
@@ -119,7 +129,7 @@ def evaluate(
             Bar("evaluate", len(batches), "batch", shown=progress) as bar,
         ):
             for batch in batches:
-                totals += _score(batch, *models)
+                totals += _score(batch, shared, *models)
                 bar.update()
         rates = speeds(model, windows[:1]) if speed else (None, None)
     predicted = len(windows) * (windows.shape[1] - 1)
@@ -159,15 +169,36 @@ def _exp(x: float) -> float:
         return math.inf
 
 
-def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None = None) -> Tensor:
+def _sharing(windows: Tensor, tokenizers: tuple[Any, Any]) -> Callable[[int, int], int | None]:
+    """From the sizes of the reference's and the model's tables to `shared_vocabulary`."""
+
+    @functools.cache
+    def shared(theirs: int, mine: int) -> int | None:
+        names, argument = ("reference", "model"), "reference_tokenizer"
+        vocabulary = shared_vocabulary((theirs, mine), tokenizers, names, argument)
+        largest = int(windows.max())
+        if vocabulary is not None and largest >= vocabulary:
+            raise ValueError(
+                f"data: got token {largest}, expected tokens below {vocabulary}, those of the "
+                "tokenizer: what is beyond is padding of a model's table"
+            )
+        return vocabulary
+
+    return shared
+
+
+def _score(
+    batch: Tensor,
+    shared: Callable[[int, int], int | None],
+    model: nn.Module,
+    reference: nn.Module | None = None,
+) -> Tensor:
     """Sums over a batch's predictions, see `score_logits`."""
     logits = next_token_logits(model, batch)
-    other = None if reference is None else next_token_logits(reference, batch)
-    if other is not None and other.shape != logits.shape:
-        raise ValueError(
-            f"reference: got a vocabulary of {other.shape[-1]}, expected the model's, {logits.shape[-1]}"
-        )
-    return score_logits(logits, batch, other)
+    if reference is None:
+        return score_logits(logits, batch)
+    other = next_token_logits(reference, batch)
+    return score_logits(logits, batch, other, shared(other.shape[-1], logits.shape[-1]))
 
 
 def next_token_logits(model: nn.Module, batch: Tensor) -> Tensor:
@@ -180,13 +211,16 @@ def next_token_logits(model: nn.Module, batch: Tensor) -> Tensor:
     return logits[:, :-1].flatten(0, 1)
 
 
-def score_logits(logits: Tensor, batch: Tensor, reference: Tensor | None = None) -> Tensor:
+def score_logits(
+    logits: Tensor, batch: Tensor, reference: Tensor | None = None, vocabulary: int | None = None
+) -> Tensor:
     """Sums over a batch's predictions: negative log-likelihood, KL, agreements; float64 [3].
 
     Args:
         logits: [B * (T - 1), V], as `next_token_logits` gives them.
         batch: int64 [B, T], the tokens.
         reference: logits of the same shape; without them, KL and agreements are 0.
+        vocabulary: first tokens of which KL and agreements are, for tables that are padded; None: all.
     """
     targets = batch[:, 1:].flatten().to(logits.device)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -195,7 +229,9 @@ def score_logits(logits: Tensor, batch: Tensor, reference: Tensor | None = None)
         chunk = logits[i : i + rows].float().log_softmax(-1)
         sums[0] -= chunk.gather(1, targets[i : i + rows, None]).double().sum().cpu()
         if reference is not None:
-            want = reference[i : i + rows].to(chunk.device).float().log_softmax(-1)
+            want = reference[i : i + rows, :vocabulary].to(chunk.device).float().log_softmax(-1)
+            if vocabulary is not None:
+                chunk = logits[i : i + rows, :vocabulary].float().log_softmax(-1)
             kl = kl_rows(want, chunk)
             agree = (want.argmax(-1) == chunk.argmax(-1)) & ~kl.isnan()
             sums[1] += kl.double().sum().cpu()

@@ -25,6 +25,7 @@ def measure(
     reference: nn.Module | None = None,
     *,
     tokenizer: Any = None,
+    reference_tokenizer: Any = None,
     prompts: Sequence[str] = (),
     speed: bool = True,
     batch_size: int = 4,
@@ -37,6 +38,7 @@ def measure(
         windows: int64 [n, seq_len], tokens to evaluate on.
         reference: the original, for the KL divergence and top-1 agreement.
         tokenizer: needed where there are prompts.
+        reference_tokenizer: of the reference, by default the same.
         prompts: texts to continue greedily, by at most `NEW_TOKENS` tokens each.
         speed: measure prefill and decoding too.
         batch_size: windows per forward.
@@ -51,7 +53,8 @@ def measure(
     if prompts and tokenizer is None:
         raise ValueError("tokenizer: got None, expected a tokenizer, because there are prompts")
     settings: dict[str, Any] = {"batch_size": batch_size, "speed": speed, "progress": progress}
-    result = evaluate(model, windows, reference=reference, **settings)
+    settings |= {"reference": reference, "reference_tokenizer": reference_tokenizer}
+    result = evaluate(model, windows, tokenizer, **settings)
     generations = []
     with Bar("continue prompts", len(prompts), "prompt", shown=progress and bool(prompts)) as bar:
         for prompt in prompts:

@@ -27,6 +27,7 @@ from llmkern.evaluate import weight_bytes
 from llmkern.hf import accelerate_sparse, load, load_tokenizer, save
 from llmkern.hf.save import write_generation, write_tokenizer
 from llmkern.models import context_length, vocabulary_size
+from llmkern.models.vocabulary import shared_vocabulary
 from llmkern.pipeline import _fingerprint
 from llmkern.pipeline._directory import RunDirectory
 from llmkern.pipeline._order import order_warnings
@@ -400,9 +401,9 @@ class _Run:
         return weight_bytes(model) if directory is None else file_bytes(directory)
 
     def _measured(self, model: Any, tokenizer: Any, reference: Any) -> dict[str, Any]:
-        if reference is not None and vocabulary_size(reference) != vocabulary_size(model):
-            reference = None  # a student with another tokenizer
         windows = self._windows(model, tokenizer)
+        if reference is not None and not self._comparable(model, tokenizer, reference):
+            reference = None  # a student with another tokenizer
         if model is not self.origin.model:
             accelerate_sparse(model)  # it runs as llmkern runs it
         return measure(
@@ -410,10 +411,20 @@ class _Run:
             windows,
             reference,
             tokenizer=tokenizer,
+            reference_tokenizer=self.origin.tokenizer,
             prompts=self.prompts if tokenizer is not None else (),
             speed=self.options.speed,
             progress=self.options.progress,
         )
+
+    def _comparable(self, model: Any, tokenizer: Any, reference: Any) -> bool:
+        """Whether the logits of a model are about the same tokens as the original's."""
+        sizes = vocabulary_size(reference), vocabulary_size(model)
+        try:
+            shared_vocabulary(sizes, (self.origin.tokenizer, tokenizer), ("reference", "model"))
+        except ValueError:
+            return False
+        return True
 
     def _sensitivity(self, index: int, after: Any) -> dict[str, float]:
         if not self.options.sensitivity:

@@ -38,7 +38,7 @@ def test_losses_are_those_of_the_formula(capped, divergence):
     if capped:
         student.lm_head = nn.Linear(64, 61)
     options = SoftOptions(alpha=0.3, temperature=1.5, divergence=divergence, beta=0.2)
-    module = Distiller(student, teacher.eval(), options, tokens()[:1])
+    module = Distiller(student, teacher.eval(), options)
     batch = {"input_ids": tokens()}
     got = module(batch, num_items=float(12 * 8))
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_hidden_states_and_maps_are_compared_layer_by_layer():
     teacher.config._attn_implementation = "eager"
     student = copy.deepcopy(teacher)
     options = HiddenOptions(alpha=0.0, hidden_weight=2.0, attention_weight=3.0)
-    module = Distiller(student, teacher, options, tokens()[:1])
+    module = Distiller(student, teacher, options)
     same = module({"input_ids": tokens()}, 96.0)
     assert same["hidden"] == 0
     assert same["attention"] == 0

@@ -70,7 +70,7 @@ def test_expected_estimate_is_the_gradient_of_the_sequence_level_reverse_kl(mix,
     options = MiniLlmOptions(
         teacher_mix=mix, importance=importance, max_weight=None, length_norm=False, lm_weight=0.0
     )
-    module = MiniLlm(student, teacher, options, torch.tensor([PROMPT]))
+    module = MiniLlm(student, teacher, options)
     expected = torch.zeros((), dtype=torch.float64)
     for text in texts():
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_weights_and_rewards_are_those_of_the_formula(importance, length_norm, l
 def test_chunks_of_the_vocabulary_change_nothing(monkeypatch):
     def run() -> tuple[Tensor, list[Tensor]]:
         student, teacher = model(1), model(2).eval()
-        module = MiniLlm(student, teacher, MiniLlmOptions(), torch.tensor([PROMPT]), accumulate=2)
+        module = MiniLlm(student, teacher, MiniLlmOptions(), accumulate=2)
         numbers = seeded_uniforms(5 * 6, "x").view(5, 6)
         drawn = sample(
             student, [PROMPT] * 5, numbers, SamplingOptions(6), [END], Mixture(teacher, 0.5)

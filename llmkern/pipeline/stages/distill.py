@@ -11,6 +11,7 @@ from llmkern.distill._method import training_journal, training_nbytes
 from llmkern.distill._plan import DistillJob
 from llmkern.distill._student import chosen_blocks
 from llmkern.drive import Findings, Shapes, Tokens, fresh
+from llmkern.hf import load_tokenizer
 from llmkern.models import find_blocks, keep_blocks
 from llmkern.pipeline._options import check_names, class_options, driver_options, plain
 from llmkern.pipeline._shapes import read_shapes
@@ -230,8 +231,11 @@ class Distill(Stage[DistillMethod]):
             if width < 1:
                 made = Prune("mlp", ratio=1 - width).plan(made, original, found)
         if not self.kind.answers:
+            tokenizer = None
+            if isinstance(self.student, str) and self.student != CURRENT:
+                tokenizer = load_tokenizer(self.student)
             DistillJob(
-                made.model, teacher.model, None, None, None, None, 1, TrainOptions(), False
+                made.model, teacher.model, tokenizer, None, None, None, 1, TrainOptions(), False
             ).check_tokens()
         made.stored = None
         return made
