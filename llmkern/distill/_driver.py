@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmkern._dtypes import overflow_hint
 from llmkern.calibrate.data import Source
 from llmkern.distill import gkd, hidden, in_context, minillm, sequence, soft
 from llmkern.distill._method import DistillMethod
@@ -153,6 +154,9 @@ def distill(
                     settings={"method": method}
                     | {k: v for k, v in used.items() if k not in _PLACES},
                 )
+    except FloatingPointError as error:
+        hint = "" if teacher is None else overflow_hint(next(teacher.parameters()).dtype)
+        raise FloatingPointError(f"{error}{hint and f'; the teacher{hint}'}") from error
     finally:
         student.train(modes[0])
         if teacher is not None:

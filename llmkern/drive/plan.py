@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from llmkern._dtypes import FLOATS
+from llmkern._dtypes import FLOATS, overflow_hint
 from llmkern.models import block_linears, find_blocks
 from llmkern.models.linears import shape_of
 from llmkern.patch import choose_linears, unmatched, warn_dense, winning_pattern
@@ -96,4 +96,6 @@ def check_values(name: str, linear: nn.Module) -> None:
         kind = "a weight without data" if weight.is_meta else f"a {weight.dtype} weight"
         raise ValueError(f"{name}: got {kind}, expected float32, bfloat16 or float16")
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{name}: its weight holds NaN or Inf, expected finite numbers")
+        raise ValueError(
+            f"{name}: its weight holds NaN or Inf, expected finite numbers{overflow_hint(weight.dtype)}"
+        )

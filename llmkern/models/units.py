@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import overflow_hint
 from llmkern.models.blocks import (
     block_linears,
     check_reads_text,
@@ -264,7 +265,10 @@ def _read_by(block: nn.Module, run: _Run, consumer: str) -> Tensor:
         handle.remove()
     read = seen[0].reshape(-1, seen[0].shape[-1]).float()
     if not bool(torch.isfinite(read).all()):
-        raise ValueError(f"{consumer}: its inputs hold NaN or Inf, expected finite numbers")
+        raise ValueError(
+            f"{consumer}: its inputs hold NaN or Inf, expected finite numbers"
+            f"{overflow_hint(seen[0].dtype)}"
+        )
     return read
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from llmkern._dtypes import overflow_hint
 from llmkern.calibrate import Block, skipped, walk
 from llmkern.drive import Findings, Needs, Progress, Shapes, Tokens, fresh
 from llmkern.evaluate import evaluate
@@ -135,11 +136,16 @@ def _influence(job: PruneJob, removed: list[int]) -> dict[int, float]:
             before = block.states.entering(batch).float()
             after = block.run(batch).float()
             cosine = F.cosine_similarity(before, after, dim=-1)
+            if bool(cosine.isnan().any()):  # squares of finite numbers may pass float32's range
+                cosine = F.cosine_similarity(before.double(), after.double(), dim=-1)
             total += float(cosine.sum(dtype=torch.float64))
             tokens += cosine.numel()
         influence[block.index] = 1 - total / tokens
         if math.isnan(influence[block.index]):
-            raise ValueError(f"{block.name}: its outputs on the calibration data hold NaN or Inf")
+            raise ValueError(
+                f"{block.name}: its outputs on the calibration data hold NaN or Inf"
+                f"{overflow_hint(block.states.entering(0).dtype)}"
+            )
 
     modules = find_blocks(job.model).modules
     with _skipping(modules, removed):

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import overflow_hint
 from llmkern.calibrate.gradients import loss_gradients
 from llmkern.drive import Shapes, Tokens
 from llmkern.drive.shapes import F32
@@ -119,7 +120,10 @@ def _score(
             per_row = (value if kind == "vectorize" else value.abs()).sum(1).cpu()
             score += per_row[rows].sum(1).abs()
     if not bool(torch.isfinite(score).all()):
-        raise ValueError(f"{layer.name}: its gradient holds NaN or Inf, expected finite numbers")
+        raise ValueError(
+            f"{layer.name}: its gradient holds NaN or Inf, expected finite numbers"
+            f"{overflow_hint(next(block.parameters()).dtype)}"
+        )
     return score
 
 

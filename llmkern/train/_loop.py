@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern._dtypes import overflow_hint
 from llmkern._json import numbers, to_json
 from llmkern._progress import Bar
 from llmkern.train._checkpoint import Checkpoint
@@ -272,11 +273,12 @@ class _Run:
             report.tokens += batch["input_ids"].numel() * accelerator.num_processes
         metrics = {name: float(accelerator.reduce(value, "mean")) for name, value in sums.items()}
         if not math.isfinite(metrics["loss"]):
+            hint = overflow_hint(torch.float16) if options.mixed_precision == "fp16" else ""
             kept = (
                 "" if self._store is None else f"; the last checkpoint is in {options.checkpoint}"
             )
             raise FloatingPointError(
-                f"loss: got {metrics['loss']} in step {step + 1}, expected a finite number{kept}"
+                f"loss: got {metrics['loss']} in step {step + 1}, expected a finite number{hint}{kept}"
             )
         if options.clip is not None:
             accelerator.clip_grad_norm_(self._model.parameters(), options.clip)
