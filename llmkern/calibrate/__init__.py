@@ -1,6 +1,7 @@
 """Calibration: windows of tokens, the walk through a model's blocks, statistics of their inputs."""
 
 from llmkern.calibrate.data import load_tokens, load_windows
+from llmkern.calibrate.flow import HiddenStates, check_runs
 from llmkern.calibrate.statistics import (
     ActivationNormStatistic,
     HessianStatistic,
@@ -9,13 +10,11 @@ from llmkern.calibrate.statistics import (
 )
 from llmkern.calibrate.walker import (
     Block,
-    HiddenStates,
     Keeper,
-    capture_inputs,
-    skipped,
     visit,
     walk,
 )
+from llmkern.models.calls import skipped
 
 __all__ = [
     "ActivationNormStatistic",
@@ -25,7 +24,7 @@ __all__ = [
     "InputStatistic",
     "Keeper",
     "Statistic",
-    "capture_inputs",
+    "check_runs",
     "load_tokens",
     "load_windows",
     "skipped",

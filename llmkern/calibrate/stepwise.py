@@ -18,7 +18,8 @@ from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 
 from llmkern.calibrate.statistics import Statistic
-from llmkern.calibrate.walker import Block, forward_replaced
+from llmkern.calibrate.walker import Block
+from llmkern.models.calls import forward_replaced
 from llmkern.models.linears import shape_of
 
 _S = TypeVar("_S", bound=Statistic)
@@ -135,8 +136,7 @@ class Stepwise:
 
     def _make(self, batch: int) -> greenlet:
         def run() -> None:
-            states = self._block.states
-            states.leave(batch, self._block.run(batch))
+            self._block.states.leave(self._block.index, self._block.module, batch)
 
         each = greenlet(run)
         each.gr_context = contextvars.copy_context()

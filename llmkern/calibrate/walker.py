@@ -12,20 +12,18 @@ computed in), one block in that dtype, and the statistics that it holds on to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from llmkern.calibrate.flow import HiddenStates, Reached, capture_inputs, find_flow
 from llmkern.calibrate.statistics import Statistic
 from llmkern.models import (
     block_linears,
-    cast_floats,
     compute_dtype,
-    computing_in,
     evaluation_mode,
     find_blocks,
 )
@@ -34,74 +32,6 @@ _S = TypeVar("_S", bound=Statistic)
 
 # Identity of an input: address, sizes, and the version that every in-place change raises.
 _Key = tuple[int, int, tuple[int, ...], torch.dtype]
-
-
-class _Reached(BaseException):
-    """Ends a forward early; no Exception, so that no model code can swallow it."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of one call of a block, but for the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keyword: str | None  # name under which the hidden states are passed; None: first positional
-
-
-class HiddenStates:
-    """Hidden states of all calibration windows at one depth of the model.
-
-    Attributes:
-        hidden: [n, seq_len, width] in the dtype that blocks are run in; overwritten in place by
-            `advance`.
-    """
-
-    def __init__(self, hidden: Tensor, batches: list[slice], calls: list[list[_Call]]) -> None:
-        self.hidden = hidden
-        self._batches = batches
-        self._calls = calls  # [blocks][batches]; equal arguments are held once
-        self._left = False
-
-    def batches(self) -> int:
-        """Number of batches that the windows are fed in."""
-        return len(self._batches)
-
-    def entering(self, batch: int) -> Tensor:
-        """The hidden states of one batch of windows, [windows, seq_len, width]."""
-        return self.hidden[self._batches[batch]]
-
-    def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
-        """Output hidden states of `block`, the model's block `index`, on one batch of windows."""
-        call = self._calls[index][batch]
-        # A copy: a block that changes its input in place must find it unchanged in the next pass.
-        x = self.hidden[self._batches[batch]].clone()
-        with self.computing(block):
-            if call.keyword is None:
-                return _first(block(x, *call.args, **call.kwargs))
-            return _first(block(*call.args, **{call.keyword: x}, **call.kwargs))
-
-    def computing(self, block: nn.Module) -> AbstractContextManager[None]:
-        """Around several runs of a block, so that its weights are cast once; see `computing_in`."""
-        return computing_in(block, self.hidden.dtype)
-
-    def leave(self, batch: int, output: Tensor) -> None:
-        """Replace the hidden states of one batch; all batches must follow before the next block."""
-        self.hidden[self._batches[batch]] = output
-        self._left = True
-
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Replace the hidden states by the output of `block`, unless they have left it already."""
-        if self._left:
-            self._left = False
-            return
-        with self.computing(block):
-            for batch, rows in enumerate(self._batches):
-                self.hidden[rows] = self.run(index, block, batch)
-
-    def read(self, journal: Keeper) -> None:
-        """Replace the hidden states by those that a journal has kept."""
-        journal.read_hidden(self.hidden, self._batches)
 
 
 class Keeper(Protocol):
@@ -113,8 +43,13 @@ class Keeper(Protocol):
     def read_hidden(self, hidden: Tensor, rows: list[slice]) -> None:
         """Overwrite `hidden` by the states that leave the last finished block, part by part."""
 
-    def commit(self, index: int, block: nn.Module, hidden: Tensor | None = None) -> None:
-        """Keep a finished block and the hidden states that leave it."""
+    def read_beside(self, name: str) -> dict[str, Tensor]:
+        """What was kept with them, under other names than `name`."""
+
+    def commit(
+        self, index: int, block: nn.Module, states: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Keep a finished block, the hidden states that leave it and what is left beside them."""
 
 
 class Block:
@@ -197,7 +132,7 @@ class Block:
                 known.append(x)
             missing.discard(name)
             if once and not missing:
-                raise _Reached
+                raise Reached
 
         with _on_inputs(linears, update), self.states.computing(self.module):
             for batch in range(self.states.batches()):
@@ -205,7 +140,7 @@ class Block:
                 missing.update(owner)
                 try:
                     self.run(batch)
-                except _Reached:
+                except Reached:
                     continue
         return statistics
 
@@ -234,8 +169,9 @@ def walk(
             holds already are put back, and `on_block` is not called for them.
 
     Raises:
-        ValueError: `tokens` is no int64 matrix or empty, the blocks were not found or not run, or
-            batch_size is not positive, or `compute` is no dtype to run the model in.
+        ValueError: `tokens` is no int64 matrix or empty, batch_size is not positive, `compute` is no
+            dtype to run the model in, or the blocks were not found, are not run once each, or cannot be
+            run one after the other (the block is named); all before `on_block` is called.
     """
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise ValueError(
@@ -250,7 +186,8 @@ def walk(
         last = len(blocks) - 1
         if done > last:
             return
-        states = capture_inputs(model, blocks.modules, tokens, batch_size, dtype)
+        flow = find_flow(model, blocks, tokens, keep=journal is not None)
+        states = capture_inputs(model, blocks, tokens, batch_size, flow, dtype)
         if journal is not None and done:
             states.read(journal)
         for index, (name, module) in list(enumerate(blocks.items()))[done:]:
@@ -258,7 +195,7 @@ def walk(
             if index < last:
                 states.advance(index, module)
             if journal is not None:
-                journal.commit(index, module, states.hidden if index < last else None)
+                journal.commit(index, module, states.tensors() if index < last else None)
 
 
 def visit(
@@ -283,135 +220,6 @@ def visit(
                 journal.commit(index, module)
 
 
-def capture_inputs(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    tokens: Tensor,
-    batch_size: int,
-    dtype: torch.dtype | None = None,
-) -> HiddenStates:
-    """What enters the first block, and the other arguments (masks, positions) of every block.
-
-    The model's own forward runs with its blocks turned into the identity, so that it costs the
-    embedding only, while each block's arguments are those that the model gives it: they differ
-    between blocks where sliding and full attention alternate. 16-bit tensors are cast to `dtype`, if
-    one is given.
-    """
-    calls: list[list[_Call]] = [[] for _ in blocks]
-    inputs: list[Tensor] = []
-    batches = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
-    wrap: list[Callable[[Tensor], Any]] = []
-
-    def identity(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call, x = _split(args, kwargs)
-            if not wrap:
-                # One real call shows whether this model's blocks return a tensor or a tuple; it may
-                # change its input in place.
-                x = x.clone()
-                wrap.append(_like(original(*args, **kwargs)))
-            if index == 0:
-                inputs.append(x)
-            if dtype is not None:
-                call = _Call(
-                    cast_floats(call.args, dtype), cast_floats(call.kwargs, dtype), call.keyword
-                )
-            calls[index].append(_share(call, calls[index - 1], calls[index]))
-            return wrap[0](x)
-
-        return forward
-
-    device = next(model.parameters()).device
-    body = getattr(model, "base_model", model)  # spares the head, whose output nobody needs
-    hidden: Tensor | None = None
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.enter_context(forward_replaced(block, identity(index, block.forward)))
-        for rows in batches:
-            inputs.clear()
-            body(input_ids=tokens[rows].to(device), use_cache=False)
-            if len(inputs) != 1:
-                raise ValueError(
-                    f"model: the first decoder block was run {len(inputs)} times in one forward of "
-                    f"{type(model).__name__}, expected once"
-                )
-            if hidden is None:
-                shape = len(tokens), *inputs[0].shape[1:]
-                hidden = inputs[0].new_empty(shape, dtype=dtype or inputs[0].dtype)
-            hidden[rows] = inputs[0]
-    if hidden is None or any(len(block_calls) != len(batches) for block_calls in calls):
-        raise ValueError(f"model: {type(model).__name__} does not run each of its blocks once")
-    return HiddenStates(hidden, batches, calls)
-
-
-@contextmanager
-def skipped(block: nn.Module) -> Iterator[None]:
-    """Let a decoder block hand on the hidden states that it is given, as if it were not there."""
-    wrap: list[Callable[[Tensor], Any]] = []
-    original = block.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x = _split(args, kwargs)[1]
-        if not wrap:  # once: does this model's block return a tensor or a tuple?
-            kept = x.clone()
-            wrap.append(_like(original(*args, **kwargs)))
-            x = kept
-        return wrap[0](x)
-
-    with forward_replaced(block, forward):
-        yield
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, Tensor]:
-    """Take the hidden states out of a block's arguments: the first tensor among them."""
-    if args and isinstance(args[0], Tensor):
-        return _Call(args[1:], kwargs, None), args[0]
-    for keyword, value in kwargs.items():
-        if isinstance(value, Tensor):
-            rest = {k: v for k, v in kwargs.items() if k != keyword}
-            return _Call(args, rest, keyword), value
-    raise ValueError("model: its decoder blocks are called without a tensor of hidden states")
-
-
-def _share(call: _Call, before: list[_Call], earlier: list[_Call]) -> _Call:
-    """An equal call of the previous block or of an earlier batch in place of `call`, if there is one.
-
-    Masks and positions are the same for all windows of one length: they are then held once.
-    """
-    for other in (*before[-1:], *earlier[:1], *earlier[-1:]):
-        if _equal(call.args, other.args) and _equal(call.kwargs, other.kwargs):
-            return other
-    return call
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    return isinstance(a, (int, float, str, torch.dtype, torch.device)) and bool(a == b)
-
-
-def _first(output: Any) -> Tensor:
-    out = output[0] if isinstance(output, (tuple, list)) else output
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _like(output: Any) -> Callable[[Tensor], Any]:
-    """How to return hidden states the way `output` was returned."""
-    if isinstance(output, Tensor):
-        return lambda x: x
-    kind, rest = type(output), tuple(output)[1:]
-    return lambda x: kind((x, *rest))
-
-
 def _key(x: Tensor) -> _Key:
     return x.data_ptr(), x._version, (x.numel(), x.shape[-1]), x.dtype
 
@@ -431,18 +239,3 @@ def _on_inputs(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let calls of `module` go to `forward`."""
-    # Libraries that place models on devices keep a forward of their own in the instance.
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own

@@ -140,13 +140,30 @@ class Journal:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: got a damaged file ({error})") from error
 
-    def commit(self, index: int, block: nn.Module, hidden: Tensor | None = None) -> None:
+    def read_beside(self, name: str) -> dict[str, Tensor]:
+        """What was kept with the hidden states, under other names than `name`.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self._block(self.finished - 1) / _HIDDEN
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = [key for key in file.keys() if key != name]  # noqa: SIM118 (no dict)
+                return {key: file.get_tensor(key) for key in keys}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: got a damaged file ({error})") from error
+
+    def commit(
+        self, index: int, block: nn.Module, states: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Keep a finished block, all or nothing; the hidden states before it are deleted then.
 
         Args:
             index: of the block; those before it have been kept.
             block: as it is now.
-            hidden: the states that leave it; None for the last block, or where the driver has none.
+            states: "hidden", the states that leave it, and what is left beside them; None for the last
+                block, or where the driver has none.
         """
         self.begin()
         partial = self.directory / "block.partial"
@@ -155,8 +172,9 @@ class Journal:
         partial.mkdir()
         packed, tensors = self._contents(block)
         save_file(tensors, partial / _TENSORS)
-        if hidden is not None:
-            save_file({"hidden": hidden.detach().cpu().contiguous()}, partial / _HIDDEN)
+        if states is not None:
+            kept = {name: t.detach().cpu().contiguous() for name, t in states.items()}
+            save_file(kept, partial / _HIDDEN)
         spent = self.seconds + time.perf_counter() - self._started
         state = {"packed": packed, "notes": self._take(index), "seconds": spent}
         (partial / _NOTES).write_text(to_json(state) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from llmkern.models.blocks import (
     evaluation_mode,
     find_blocks,
     float32_parameters,
+    run_on_tokens,
     text_config,
     vocabulary_size,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "keep_blocks",
     "keep_units",
     "resize_blocks",
+    "run_on_tokens",
     "scale_columns",
     "set_width",
     "set_widths",

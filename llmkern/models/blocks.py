@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llmkern.models.linears import find_linears
 
@@ -145,6 +146,38 @@ def block_linears(block: nn.Module) -> dict[str, nn.Module]:
         for name, module in find_linears(block).items()
         if module._parameters.get("weight") is not None and id(module) not in uncalled
     }
+
+
+def run_on_tokens(model: nn.Module, tokens: Tensor) -> None:
+    """Run the decoder on windows of tokens, without a cache and without the head.
+
+    Args:
+        model: with or without data in its weights.
+        tokens: int64 [n, seq_len].
+
+    Raises:
+        ValueError: the model does not run on tokens alone.
+    """
+    body = getattr(model, "base_model", model)  # spares the head, whose output nobody needs
+    parameter = next(model.parameters())
+    tokens = tokens.to(parameter.device)
+    try:
+        if not tokens.is_meta:
+            body(input_ids=tokens, use_cache=False)
+            return
+        # Without a mask, transformers looks whether positions repeat, and there is nothing to look at;
+        # but not every model takes a ready mask.
+        n, size = tokens.shape
+        mask = torch.ones(n, 1, size, size, dtype=torch.bool, device="meta")
+        try:
+            body(input_ids=tokens, attention_mask=mask, use_cache=False)
+        except Exception:  # models raise what they like
+            body(input_ids=tokens, use_cache=False)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"model: got {type(model).__name__}, which does not run on tokens alone ({error}), expected "
+            "a causal language model"
+        ) from error
 
 
 def cache_name(model: nn.Module) -> str:
