@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from llmkern.calibrate.data import Source
-from llmkern.models import find_blocks
-from llmkern.models.resize import keep_blocks
+from llmkern.models import find_blocks, keep_blocks
 from llmkern.nn import is_packed
 from llmkern.patch import expand_packed
 from llmkern.prune import prune

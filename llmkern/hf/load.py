@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from llmkern.hf._architecture import find_model_class, read_config
 from llmkern.masks import forget_filled
-from llmkern.models import resize_blocks
-from llmkern.models.resize import ENTRY
+from llmkern.models.resize import ENTRY, class_with_widths
 from llmkern.nn import prepare
 from llmkern.wire import Reader, reading_wire, record_formats
 from llmkern.wire.checkpoint_files import CheckpointFiles, read_checkpoint
@@ -58,7 +55,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         config.quantization_config = {"quant_method": METHOD, "reader": reader}
     model_class = find_model_class(files, config)
     try:
-        model, info = _with_widths(model_class, files).from_pretrained(
+        model, info = _with_widths(model_class, files, config).from_pretrained(
             files.directory,
             config=config,
             use_safetensors=True,
@@ -97,7 +94,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise ValueError(f"{path}: got a tokenizer that cannot be read: {text}") from error
 
 
-def _with_widths(model_class: Any, files: CheckpointFiles) -> Any:
+def _with_widths(model_class: Any, files: CheckpointFiles, config: Any) -> Any:
     """The class itself, or one that builds each block in its own width where the config says so."""
     entry = files.config.get(ENTRY)
     if entry is None:
@@ -108,14 +105,7 @@ def _with_widths(model_class: Any, files: CheckpointFiles) -> Any:
             f"{files.directory}: {ENTRY}: got {entry!r}, expected the config entries of each block under "
             "layers"
         )
-
-    def init(self: torch.nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(self, config, *args, **kwargs)
-        resize_blocks(self, model_class, config)
-
-    # transformers goes by a class's name and module, too.
-    names = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
-    return type(model_class.__name__, (model_class,), {**names, "__init__": init})
+    return class_with_widths(model_class, config)
 
 
 def _check_loading(files: CheckpointFiles, info: dict[str, Any], reader: Reader | None) -> None:

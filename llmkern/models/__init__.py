@@ -21,11 +21,12 @@ from llmkern.models.compute import (
     compute_note,
     computing_in,
 )
+from llmkern.models.depth import check_depth, keep_blocks
+from llmkern.models.reload import check_reload
 from llmkern.models.resize import (
     adopt_settings,
     changed_config,
     head_counts,
-    keep_blocks,
     keep_units,
     resize_blocks,
     set_width,
@@ -46,7 +47,9 @@ __all__ = [
     "cache_name",
     "cast_floats",
     "changed_config",
+    "check_depth",
     "check_reads_text",
+    "check_reload",
     "check_writes_text",
     "chosen_dtype",
     "compute_dtype",

@@ -26,8 +26,16 @@ from llmkern.models.linears import keep_columns, keep_rows
 from llmkern.models.units import Units
 
 ENTRY = "llmkern"
-# Config entries that may be unset and then follow from the hidden size (GPT-2).
-_UNSET_WIDTHS = ("n_inner",)
+# Config entries that may be unset and then follow from the hidden size (GPT-2, GPT-Neo, Falcon).
+_UNSET_WIDTHS = ("n_inner", "intermediate_size", "ffn_hidden_size")
+# What configs call the number of key/value heads.
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+
+# Attributes of modules that are no part of the function; types of those that are; names of those that
+# number blocks.
+_STATES = ("training", "gradient_checkpointing")
+_CONSTANTS = (bool, int, float, str, type(None))
+_NUMBERS = ("layer", "idx", "index", "block")
 
 Overrides = Mapping[str, Any]
 
@@ -43,14 +51,21 @@ def changed_config(config: Any, overrides: Overrides) -> Any:
     changed = copy.deepcopy(config)
     vars(changed).pop("quantization_config", None)
     text = changed.get_text_config()
-    for name, value in overrides.items():
-        setattr(text, name, value)
     try:
+        for name, value in overrides.items():
+            setattr(text, name, value)
         # As reading the file will do; not every class checks what is set later.
-        type(text).from_dict(text.to_dict())
-    except Exception as error:  # config classes raise what they like
+        again = type(text).from_dict(text.to_dict())
+    except (
+        Exception
+    ) as error:  # config classes raise what they like, and have properties without setters
         reason = " ".join(str(error).split())
         raise ValueError(f"{type(text).__name__} refuses {dict(overrides)}: {reason}") from error
+    for name, value in overrides.items():
+        if getattr(again, name, value) != value:
+            raise ValueError(
+                f"{type(text).__name__} reads {name} = {getattr(again, name)} from a file with {value}"
+            )
     return changed
 
 
@@ -78,11 +93,33 @@ def resize_blocks(model: nn.Module, model_class: type[nn.Module], config: Any) -
         blocks[int(index)] = built[key][int(index)]
 
 
+def class_with_widths(model_class: Any, config: Any) -> Any:
+    """The class itself, or one that builds each block in its own width where `config` says so."""
+    if getattr(config, ENTRY, None) is None:
+        return model_class
+
+    def init(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        resize_blocks(self, model_class, config)
+
+    # transformers goes by a class's name and module, too.
+    names = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    return type(model_class.__name__, (model_class,), {**names, "__init__": init})
+
+
 def skeleton(model: nn.Module, config: Any) -> nn.Module:
-    """A model of `model`'s class and of `config`, without data."""
-    with torch.device("meta"):
-        made = type(model)(config)
-        resize_blocks(made, type(model), config)
+    """A model of `model`'s class and of `config`, without data.
+
+    Raises:
+        ValueError: the class cannot be built from it.
+    """
+    try:
+        with torch.device("meta"):
+            made = type(model)(config)
+            resize_blocks(made, type(model), config)
+    except Exception as error:  # model classes raise what they like
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{type(model).__name__} cannot be built: {reason}") from error
     return made
 
 
@@ -102,7 +139,7 @@ def unit_overrides(
             heads; says why.
     """
     block = find_blocks(model).modules[index]
-    wanted = dict(_shapes(block)) | wanted_shapes(block, units, count)
+    wanted = dict(shapes_in(block)) | wanted_shapes(block, units, count)
     reasons = []
     for overrides in _guesses(model, units, count):
         try:
@@ -111,45 +148,59 @@ def unit_overrides(
         except ValueError as error:
             reasons.append(str(error))
             continue
-        got = dict(_shapes(find_blocks(built).modules[index]))
+        got = dict(shapes_in(find_blocks(built).modules[index]))
         odd = next((n for n in wanted if got.get(n) != wanted[n]), None)
         if odd is None:
             return overrides
         reasons.append(f"{odd} would be {got.get(odd)}, not {wanted[odd]}")
-    what = "key/value heads" if units.kind == "attention" else "neurons"
+    why = reasons[-1] if reasons else f"no entry of its config says how many {units.what} there are"
     raise ValueError(
-        f"{name or units.consumer}: got {type(model).__name__}, which cannot be built with {count} of "
-        f"{len(units)} {what}{f' ({reasons[-1]})' if reasons else ''}, expected a class that can"
+        f"{name or units.consumer}: got {count} of {len(units)} {units.what} to stay, expected a number "
+        f"that {type(model).__name__} can be built with: {why}"
     )
 
 
-def head_counts(model: nn.Module, units: Units) -> list[int]:
-    """Numbers of key/value heads, from one to all, that the model's config class accepts.
+def head_counts(model: nn.Module, units: Units, name: str = "") -> list[int]:
+    """Numbers of heads that may be left, from one to all, that the model's config class accepts.
 
     Some classes want the number of query heads to divide the hidden size.
+
+    Raises:
+        ValueError: it accepts no other number than the present; says why.
     """
     counts = []
-    for count in range(1, len(units) + 1):
+    reason: ValueError | None = None
+    for count in range(1, len(units)):
         try:
             changed_config(model.config, next(_guesses(model, units, count)))
-        except ValueError:
-            continue
-        counts.append(count)
-    return counts
+        except ValueError as error:
+            reason = error
+        else:
+            counts.append(count)
+    if reason is not None and not counts:
+        raise ValueError(
+            f"{name or units.consumer}: got {len(units)} {units.what}, expected some that can be fewer: "
+            f"{reason}"
+        )
+    return [*counts, len(units)]
 
 
 def _guesses(model: nn.Module, units: Units, count: int) -> Iterator[dict[str, Any]]:
     text = text_config(model)
     if units.kind == "attention":
         entries: dict[str, Any] = {"num_attention_heads": count * units.heads}
-        if getattr(text, "num_key_value_heads", None) is not None:
-            entries["num_key_value_heads"] = count
+        for name in _KEY_HEADS if not units.one_key else ():
+            if getattr(text, name, None) is not None:
+                entries[name] = count
         # Without it, most classes divide the hidden size by the number of heads.
         yield entries | {"head_dim": units.head_dim}
         return
     for name, value in text.to_dict().items():
         if value == len(units) and type(value) is int:
             yield {name: count}
+        # As a multiple of the hidden size.
+        elif type(value) is int and value * text.hidden_size == len(units):
+            yield {name: count // text.hidden_size} if count % text.hidden_size == 0 else {}
     for name in _UNSET_WIDTHS:
         if getattr(text, name, 0) is None:
             yield {name: count}
@@ -181,6 +232,27 @@ def keep_units(block: nn.Module, units: Units, kept: Tensor) -> None:
     keep_columns(block.get_submodule(units.consumer), columns)
 
 
+def other_setting(module: nn.Module, twin: nn.Module, *, sizes: bool) -> str | None:
+    """The first constant of the modules below `module` that is another below `twin`, for people.
+
+    Numbers of blocks may differ, and so may other whole numbers unless `sizes` are to be the same.
+    """
+    for name, own in module.named_modules():
+        other = vars(twin.get_submodule(name))
+        for key, value in vars(own).items():
+            if key.startswith("_") or key in _STATES or key not in other:
+                continue
+            if (
+                not all(isinstance(v, _CONSTANTS) for v in (value, other[key]))
+                or value == other[key]
+            ):
+                continue
+            whole = type(value) is int and type(other[key]) is int
+            if not whole or (sizes and not any(word in key for word in _NUMBERS)):
+                return f"{name}.{key} would be {other[key]}, not {value}".removeprefix(".")
+    return None
+
+
 def adopt_settings(module: nn.Module, twin: nn.Module) -> None:
     """Give the modules below `module` the counts, sizes and the config of those below `twin`.
 
@@ -200,13 +272,13 @@ def set_width(model: nn.Module, overrides: Overrides) -> None:
     text = text_config(model)
     for name, value in overrides.items():
         setattr(text, name, value)
-    _share_config(model)
+    share_config(model)
 
 
 def set_widths(model: nn.Module, overrides: Sequence[Overrides]) -> None:
     """Write one width per block into the model's config: only `llmkern.load` reads the result."""
     write_widths(model.config, overrides)
-    _share_config(model, {index for index, entries in enumerate(overrides) if entries})
+    share_config(model, {index for index, entries in enumerate(overrides) if entries})
 
 
 def write_widths(config: Any, overrides: Sequence[Overrides]) -> None:
@@ -215,63 +287,7 @@ def write_widths(config: Any, overrides: Sequence[Overrides]) -> None:
     setattr(config, ENTRY, {"layers": layers})
 
 
-def keep_blocks(model: nn.Module, kept: Sequence[int]) -> None:
-    """Leave only the decoder blocks `kept`, in that order, and number them anew.
-
-    Entries of the config with one value per block follow.
-
-    Raises:
-        ValueError: no block would be left, or the model class cannot be built that way (named); the
-            model is then as it was.
-    """
-    blocks = find_blocks(model)
-    if not kept:
-        raise ValueError(f"kept: got no block of the {len(blocks)}, expected at least one")
-    overrides = _depth_overrides(text_config(model), kept, len(blocks))
-    config = changed_config(model.config, overrides)
-    widths = (getattr(config, ENTRY, None) or {}).get("layers", {})
-    if widths:
-        layers = {str(i): widths[str(old)] for i, old in enumerate(kept) if str(old) in widths}
-        setattr(config, ENTRY, {"layers": layers})
-    built = skeleton(model, config)
-    _check_depth(model, built, kept)
-    for index in reversed(range(len(blocks))):
-        if index not in kept:
-            del blocks.modules[index]
-    adopt_settings(blocks.modules, find_blocks(built).modules)
-    for name, value in overrides.items():
-        setattr(text_config(model), name, value)
-    if widths:
-        setattr(model.config, ENTRY, getattr(config, ENTRY))
-    _share_config(model, {int(i) for i in (layers if widths else ())})
-
-
-def _depth_overrides(text: Any, kept: Sequence[int], depth: int) -> dict[str, Any]:
-    overrides: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    for name, value in text.to_dict().items():
-        # Lists of tokens may happen to be as long as the model is deep.
-        if isinstance(value, list) and len(value) == depth and "token" not in name:
-            overrides[name] = [value[index] for index in kept]
-    return overrides
-
-
-def _check_depth(model: nn.Module, built: nn.Module, kept: Sequence[int]) -> None:
-    prefix = find_blocks(model).name
-    outside = {n: s for n, s in _shapes(model) if not n.startswith(f"{prefix}.")}
-    wanted = dict(outside)
-    for index, old in enumerate(kept):
-        block = find_blocks(model).modules[old]
-        wanted |= {f"{prefix}.{index}.{name}": shape for name, shape in _shapes(block)}
-    got = dict(_shapes(built))
-    odd = next((n for n in (*wanted, *got) if got.get(n) != wanted.get(n)), None)
-    if odd is not None:
-        raise ValueError(
-            f"model: got {type(model).__name__}, which cannot be built with blocks {list(kept)} alone "
-            f"({odd} would be {got.get(odd)}, not {wanted.get(odd)}), expected a class that can"
-        )
-
-
-def _share_config(model: nn.Module, apart: frozenset[int] | set[int] = frozenset()) -> None:
+def share_config(model: nn.Module, apart: frozenset[int] | set[int] = frozenset()) -> None:
     """Let the modules of the blocks read the model's own config, but for the blocks `apart`."""
     text = text_config(model)
     for index, block in enumerate(find_blocks(model).modules):
@@ -280,7 +296,7 @@ def _share_config(model: nn.Module, apart: frozenset[int] | set[int] = frozenset
                 module.config = text  # type: ignore[assignment]
 
 
-def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+def shapes_in(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, tuple(p.shape)) for name, p in module.named_parameters()]
 
 

@@ -5,6 +5,7 @@ be taken out of the block with all of them:
 
     neuron j        rows j of gate and up (or of the first of two matrices), column j of down
     key/value head  its rows of k and v, the rows of the query heads that read it, their columns of o
+    query head      where all read one key/value head: its rows of q, its columns of o
 
 Found by running the model on a few tokens: producers are the linears of one module that read the same
 tensor, the consumer is the one called after them. How the rows of a fused projection are arranged is
@@ -13,7 +14,7 @@ found by changing those of one unit and looking at what the consumer then reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +28,16 @@ from llmkern.models.blocks import (
     check_reads_text,
     evaluation_mode,
     find_blocks,
+    run_on_tokens,
     vocabulary_size,
 )
-from llmkern.models.linears import bias_of, find_linears, shape_of, weight_rows
+from llmkern.models.linears import bias_of, find_linears, is_linear, shape_of, weight_rows
 
 _PROBE_TOKENS = 8
 # Names of the size of a head among an attention module's own attributes.
 _HEAD_SIZES = ("head_dim", "head_size")
+# What models call norms of queries and keys.
+_HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm")
 KINDS = ("glu", "mlp", "attention")
 
 
@@ -49,6 +53,7 @@ class Units:
         consumer: name inside the block of the linear that reads the units.
         columns: int64 [units, columns], the columns of its weight that read each unit.
         head_dim: width of a head; None for neurons.
+        one_key: all query heads read one key/value head, which stays; each of them is a unit.
     """
 
     kind: str
@@ -56,9 +61,17 @@ class Units:
     consumer: str
     columns: Tensor
     head_dim: int | None = None
+    one_key: bool = False
 
     def __len__(self) -> int:
         return self.columns.shape[0]
+
+    @property
+    def what(self) -> str:
+        """For messages."""
+        if self.kind != "attention":
+            return "neurons"
+        return "query heads" if self.one_key else "key/value heads"
 
     @property
     def heads(self) -> int:
@@ -101,6 +114,31 @@ def find_units(model: nn.Module) -> list[list[Units]]:
     return found
 
 
+def why_missing(block: nn.Module, kinds: Sequence[str]) -> str:
+    """Why a block has no units of these kinds, as far as its modules tell."""
+    modules = dict(block.named_modules())
+    parameters = dict(block.named_parameters())
+    if any(is_linear(m) and m._parameters.get("weight") is None for m in modules.values()):
+        return "its layers are packed"
+    if "attention" in kinds:
+        if any(getattr(m, "is_kv_shared_layer", False) for m in modules.values()):
+            return "it reads the keys and values of an earlier block"
+        if any("kv_a_" in name for name in modules):
+            return "its keys and values are made of one latent vector (MLA)"
+        for name in modules:
+            parent, _, last = name.rpartition(".")
+            norm = parameters.get(f"{name}.weight")
+            if (
+                last in _HEAD_NORMS
+                and norm is not None
+                and norm.numel() != _head_dim(modules[parent])
+            ):
+                return f"{name} normalises all heads together, and fewer of them differently"
+    elif any("expert" in name for name in parameters):
+        return "its neurons are those of MoE experts"
+    return "its layers are of another structure"
+
+
 _Run = Callable[[], Any]
 
 
@@ -125,24 +163,14 @@ def _calls(model: nn.Module, blocks: nn.ModuleList) -> list[_Run]:
         for index, block in enumerate(blocks):
             handle = block.register_forward_pre_hook(keep(index), with_kwargs=True)
             stack.callback(handle.remove)
-        _probe(getattr(model, "base_model", model), tokens[None])
+        run_on_tokens(model, tokens[None])
     if len(runs) != len(blocks):
-        raise ValueError(f"model: {type(model).__name__} does not run each of its blocks")
+        idle = next(index for index in range(len(blocks)) if index not in runs)
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose block {idle} ({type(blocks[idle]).__name__}) does "
+            "not run on text, expected blocks that run one after the other"
+        )
     return [runs[index] for index in range(len(blocks))]
-
-
-def _probe(body: nn.Module, tokens: Tensor) -> None:
-    if not tokens.is_meta:
-        body(input_ids=tokens, use_cache=False)
-        return
-    # Without a mask, transformers looks whether positions repeat, and there is nothing to look at; but
-    # not every model takes a ready mask.
-    size = tokens.shape[1]
-    mask = torch.ones(1, 1, size, size, dtype=torch.bool, device="meta")
-    try:
-        body(input_ids=tokens, attention_mask=mask, use_cache=False)
-    except Exception:  # models raise what they like
-        body(input_ids=tokens, use_cache=False)
 
 
 def _fresh(value: Any) -> Any:
@@ -199,10 +227,15 @@ def _candidates(
     """What the linears of one module may be, by their shapes."""
     made = [shape_of(block.get_submodule(name))[0] for name in producers]
     width = shape_of(block.get_submodule(consumer))[1]
-    head_dim = next((size for n in _HEAD_SIZES if (size := getattr(parent, n, 0))), 0)
+    head_dim = _head_dim(parent)
     if head_dim and width % head_dim == 0 and all(n % head_dim == 0 for n in made):
+        sizes = {width, *made} - {head_dim}
+        if any(sizes & {*p.shape} for p in _others(parent, block, [*producers, consumer])):
+            return  # a norm over all heads
         yield from _attention(producers, made, consumer, width, head_dim)
         return
+    if any(width in p.shape for p in _others(parent, block, [*producers, consumer])):
+        return  # a convolution, a recurrence or a norm of the units
     units = torch.arange(width)[:, None]
     if made == [width] or made == [width, width]:
         kind = "mlp" if len(made) == 1 else "glu"
@@ -214,6 +247,17 @@ def _candidates(
             yield Units("glu", {producers[0]: rows}, consumer, units)
 
 
+def _head_dim(attention: nn.Module) -> int:
+    return next((size for n in _HEAD_SIZES if (size := getattr(attention, n, 0))), 0)
+
+
+def _others(parent: nn.Module, block: nn.Module, linears: list[str]) -> Iterator[nn.Parameter]:
+    """Parameters inside a module that are not those of these linears of the block."""
+    own = {id(p) for name in linears for p in block.get_submodule(name).parameters()}
+    if parent is not block:
+        yield from (p for p in parent.parameters() if id(p) not in own)
+
+
 def _attention(
     producers: list[str], made: list[int], consumer: str, width: int, head_dim: int
 ) -> Iterator[Units]:
@@ -221,6 +265,11 @@ def _attention(
     if len(producers) == 3:
         kv_heads = min(made) // head_dim
         if heads % kv_heads or any(n % min(made) for n in made):
+            return
+        if kv_heads == 1 and heads > 1:
+            each = torch.arange(width).view(heads, -1)
+            queries = {n: each for n, size in zip(producers, made, strict=True) if size == width}
+            yield Units("attention", queries, consumer, each, head_dim, one_key=True)
             return
         rows = {
             name: torch.arange(n).view(kv_heads, -1)

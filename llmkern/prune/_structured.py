@@ -24,6 +24,7 @@ from llmkern.masks import kept_mask, record_pruning, recorded_layers, zero_fract
 from llmkern.models import (
     adopt_settings,
     changed_config,
+    check_reload,
     find_blocks,
     keep_units,
     set_width,
@@ -37,7 +38,7 @@ from llmkern.prune._method import PruneJob, PruneWork
 from llmkern.prune._options import WidthOptions, one_of
 from llmkern.prune._report import WidthReport
 from llmkern.prune._scores import activation, has_bias, magnitude, output_loss
-from llmkern.prune._unit_plan import Scores, find_layers, input_statistic, plan_widths
+from llmkern.prune._unit_plan import Scores, WidthPlan, find_layers, input_statistic, plan_widths
 from llmkern.prune._widths import Layer
 from llmkern.prune.recovery import recover_job, recovery_journal, recovery_nbytes
 
@@ -93,14 +94,22 @@ class UnitWork(PruneWork):
         """
         check_job(job)
         layers = find_layers(job.model, self.kinds(job.options), job.options.round_to)
+        # Where data decides on widths, at least that the model can have others.
+        even = _evenly(job, layers)
         job.open_journal(calibrated=job.options.calibrated)
         scores = {} if self.scores is None else self.scores(job, layers)
-        _prune_units(job, layers, scores)
+        plan = plan_widths(job, layers, scores or None) if job.options.allow_uneven else even
+        _prune_units(job, layers, scores, plan)
 
 
-def _prune_units(job: PruneJob, layers: list[Layer], scores: Scores) -> None:
+def _evenly(job: PruneJob, layers: list[Layer]) -> WidthPlan:
+    """One width for all blocks, whatever the options say."""
+    options = dataclasses.replace(job.options, allow_uneven=False, keep_first=None, keep_last=None)
+    return plan_widths(dataclasses.replace(job, options=options), layers)
+
+
+def _prune_units(job: PruneJob, layers: list[Layer], scores: Scores, plan: WidthPlan) -> None:
     model, options, report = job.model, job.options, job.report
-    plan = plan_widths(job, layers, scores or None)
     config = changed_config(model.config, {} if options.allow_uneven else plan.overrides)
     if options.allow_uneven:
         write_widths(config, plan.per_block)
@@ -125,6 +134,7 @@ def _prune_units(job: PruneJob, layers: list[Layer], scores: Scores) -> None:
         set_widths(model, plan.per_block)
     else:
         set_width(model, plan.overrides)
+    check_reload(model)
     recover_job(job)
 
 
@@ -139,8 +149,7 @@ def narrower(job: PruneJob, kinds: Sequence[str], shapes: Shapes, found: Finding
             f"{type(model).__name__}: its widths cannot be planned before it is loaded ({reason})"
         )
         return shapes
-    evenly = dataclasses.replace(options, allow_uneven=False, keep_first=None, keep_last=None)
-    plan = plan_widths(dataclasses.replace(job, options=evenly), layers)
+    plan = _evenly(job, layers)
     if options.allow_uneven:
         found.notes.append("the blocks get widths of their own: only llmkern.load reads the result")
     else:

@@ -14,11 +14,16 @@ from llmkern.drive import check_values
 from llmkern.models import (
     Units,
     block_linears,
+    changed_config,
     find_blocks,
     find_units,
+    skeleton,
     unit_overrides,
+    write_widths,
 )
 from llmkern.models.linears import weight_rows
+from llmkern.models.resize import other_setting, shapes_in, wanted_shapes
+from llmkern.models.units import why_missing
 from llmkern.prune._amount import Pattern
 from llmkern.prune._columns import choose_units
 from llmkern.prune._method import PruneJob
@@ -52,28 +57,32 @@ def find_layers(
     for index, (name, block) in enumerate(find_blocks(model).items()):
         here = [units for units in found[index] if units.kind in kinds]
         if not here:
-            raise ValueError(f"{name}: {_missing(kinds, found[index])}")
+            raise ValueError(_missing(name, block, kinds, found[index]))
         for units in here:
-            key = (units.kind, len(units))
+            key, full = (units.kind, len(units)), f"{name}.{units.consumer}"
             if key not in allowed:
-                allowed[key] = allowed_counts(model, units, round_to)
-            full = f"{name}.{units.consumer}"
+                allowed[key] = allowed_counts(model, units, round_to, full)
             layers.append(Layer(index, full, units, allowed[key], units.parameters_per_unit(block)))
     return layers
 
 
-def _missing(kinds: Sequence[str], found: list[Units]) -> str:
+def _missing(name: str, block: nn.Module, kinds: Sequence[str], found: list[Units]) -> str:
     plain = next((units for units in found if units.kind == "mlp"), None)
     if "glu" in kinds and plain is not None:
         first = ", ".join(plain.producers)
         return (
-            f"got an MLP of two matrices ({first}, {plain.consumer}), expected gate, up and down: "
-            "method 'mlp' prunes it"
+            f"{name}: got an MLP of two matrices ({first}, {plain.consumer}), expected gate, up and "
+            "down: method 'mlp' prunes it"
         )
-    names = {"glu": "gate, up and down", "mlp": "MLP", "attention": "attention heads"}
+    names = {
+        "glu": "gate, up and down",
+        "mlp": "an MLP of two matrices",
+        "attention": "attention heads",
+    }
+    wanted = " or ".join(names[kind] for kind in kinds)
     return (
-        f"got no {' or '.join(names[kind] for kind in kinds)} of dense linears in it, expected "
-        "some in each block: packed layers, MoE experts and latent attention are not pruned"
+        f"{name}: got a {type(block).__name__} without {wanted} of dense linears, expected them in every "
+        f"block: {why_missing(block, kinds)}"
     )
 
 
@@ -111,7 +120,38 @@ def plan_widths(job: PruneJob, layers: list[Layer], scores: Scores | None = None
         plan.per_block[layer.block] |= known[key]
         plan.overrides |= known[key]
     plan.notes += _rounding(layers, plan.counts, options)
+    _check_whole(model, layers, plan, uneven=options.allow_uneven)
     return plan
+
+
+def _check_whole(model: nn.Module, layers: list[Layer], plan: WidthPlan, *, uneven: bool) -> None:
+    """Refuse a config that changes more than the layers that are thinned, or their constants.
+
+    Raises:
+        ValueError: names the tensor or the constant.
+    """
+    blocks = find_blocks(model)
+    wanted = dict(shapes_in(model))
+    for layer in layers:
+        prefix, _ = layer.name.rsplit(f".{layer.units.consumer}", 1)
+        shapes = wanted_shapes(blocks.modules[layer.block], layer.units, plan.counts[layer.name])
+        wanted |= {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+    config = changed_config(model.config, {} if uneven else plan.overrides)
+    if uneven:
+        write_widths(config, plan.per_block)
+    built = skeleton(model, config)
+    got = dict(shapes_in(built))
+    odd = next((n for n in (*wanted, *got) if got.get(n) != wanted.get(n)), None)
+    if odd is not None:
+        why = f"{odd} would be {got.get(odd)}, not {wanted.get(odd)}"
+    else:
+        constant = other_setting(blocks.modules, find_blocks(built).modules, sizes=False)
+        why = f"{blocks.name}.{constant}" if constant is not None else ""
+    if why:
+        raise ValueError(
+            f"ratio: got widths {plan.overrides}, expected some that {type(model).__name__} can be built "
+            f"with: {why}"
+        )
 
 
 def _rounding(layers: list[Layer], counts: dict[str, int], options: WidthOptions) -> list[str]:
@@ -119,8 +159,7 @@ def _rounding(layers: list[Layer], counts: dict[str, int], options: WidthOptions
     for kind in dict.fromkeys(layer.units.kind for layer in layers):
         first = next(layer for layer in layers if layer.units.kind == kind)
         kept = sorted({counts[layer.name] for layer in layers if layer.units.kind == kind})
-        what = "key/value heads" if kind == "attention" else "neurons"
-        text = f"{' or '.join(map(str, kept))} of {len(first.units)} {what} stay"
+        text = f"{' or '.join(map(str, kept))} of {len(first.units)} {first.units.what} stay"
         if kind != "attention":
             text += (
                 f", rounded to a multiple of {options.round_to or multiple_of(len(first.units))}"

@@ -44,10 +44,12 @@ def multiple_of(width: int) -> int:
     return fitting[0] if fitting else _MULTIPLES[-1]
 
 
-def allowed_counts(model: nn.Module, units: Units, round_to: int | None) -> tuple[int, ...]:
+def allowed_counts(
+    model: nn.Module, units: Units, round_to: int | None, name: str
+) -> tuple[int, ...]:
     """Numbers of units that may be left, ascending, the present number last."""
     if units.kind == "attention":
-        return tuple(head_counts(model, units))
+        return tuple(head_counts(model, units, name))
     step = round_to or multiple_of(len(units))
     return (*range(step, len(units), step), len(units))
 
@@ -100,9 +102,7 @@ def _choices(layers: Sequence[Layer]) -> str:
     parts = []
     for layer in layers:
         ratios = [f"{1 - c / len(layer.units):.3g}" for c in reversed(layer.allowed[:-1])]
-        what = (
-            f"{layer.name} has {len(layer.units)} {'heads' if layer.units.head_dim else 'neurons'}"
-        )
+        what = f"{layer.name} has {len(layer.units)} {layer.units.what}"
         if ratios:
             shown = ", ".join(ratios[:4]) + (" ..." if len(ratios) > 4 else "")
             parts.append(f"{what} and can lose {shown} of them")

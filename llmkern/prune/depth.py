@@ -26,7 +26,7 @@ from llmkern.calibrate import Block, skipped, walk
 from llmkern.drive import Findings, Needs, Progress, Shapes, Tokens, fresh
 from llmkern.evaluate import evaluate
 from llmkern.masks import rename_recorded
-from llmkern.models import find_blocks, keep_blocks
+from llmkern.models import check_depth, find_blocks, keep_blocks
 from llmkern.prune._method import PruneJob, PruneMethod, PruneWork
 from llmkern.prune._options import SizeOptions, one_of
 from llmkern.prune.recovery import recover_job, recovery_journal, recovery_nbytes
@@ -159,6 +159,55 @@ def _influence(job: PruneJob, removed: list[int]) -> dict[int, float]:
     return influence
 
 
+def _runs_of(candidates: list[int], count: int) -> list[list[int]]:
+    """Every `count` neighbours among the candidates."""
+    return [candidates[i : i + count] for i in range(len(candidates) - count + 1)]
+
+
+def _without(model: nn.Module, gone: list[int]) -> list[int]:
+    return [index for index in range(len(find_blocks(model))) if index not in gone]
+
+
+def _first_feasible(model: nn.Module, candidates: list[int], count: int) -> list[int]:
+    """The last `count` neighbours among the candidates that the model's class can do without.
+
+    Raises:
+        ValueError: there are none; says why the first that were tried cannot go.
+    """
+    reason: ValueError | None = None
+    for gone in reversed(_runs_of(candidates, count)):
+        try:
+            check_depth(model, _without(model, gone))
+        except ValueError as error:
+            reason = reason or error
+        else:
+            return gone
+    assert reason is not None
+    raise reason
+
+
+def _feasible(
+    model: nn.Module, candidates: list[int], wanted: list[int], scores: dict[int, float]
+) -> tuple[list[int], list[str]]:
+    """The blocks to remove: those wanted, or the neighbours of least score that the class can lose."""
+    try:
+        check_depth(model, _without(model, wanted))
+        return wanted, []
+    except ValueError as error:
+        reason = error
+    runs = _runs_of(candidates, len(wanted))
+    if any(index not in scores for run in runs for index in run):
+        raise reason  # scored one after the other: no sum of scores says anything
+    for run in sorted(runs, key=lambda run: sum(scores[index] for index in run)):
+        try:
+            check_depth(model, _without(model, run))
+        except ValueError:
+            continue
+        note = f"neighbouring blocks {run} go in place of {sorted(wanted)}, which the class cannot lose"
+        return run, [note]
+    raise reason
+
+
 class _Work(PruneWork):
     """Whole blocks go."""
 
@@ -182,9 +231,11 @@ class _Work(PruneWork):
         """As many blocks as will be left; any do for shapes, where the blocks are alike."""
         total = len(find_blocks(shapes.model))
         last = total - job.options.keep_last
-        count = count_removed(job, list(range(job.options.keep_first, last)))
+        candidates = list(range(job.options.keep_first, last))
+        count = count_removed(job, candidates)
+        gone = _first_feasible(shapes.model, candidates, count)
         made = fresh(shapes.model)
-        keep_blocks(made, [i for i in range(total) if not last - count <= i < last])
+        keep_blocks(made, _without(made, gone))
         return dataclasses.replace(shapes, model=made, widths={})
 
     def run(self, job: PruneJob) -> None:
@@ -201,9 +252,11 @@ class _Work(PruneWork):
         total = len(find_blocks(model))
         candidates = list(range(options.keep_first, total - options.keep_last))
         count = count_removed(job, candidates)
+        _first_feasible(model, candidates, count)  # before anything is scored
         # Which blocks go is only known when all is scored: there is nothing to go on from before that.
         job.open_journal(calibrated=True)
         removed: list[int] = []
+        scores: dict[int, float] = {}
         rounds = (count if options.iterative else 1) if count else 0
         with Progress("prune", "scored", rounds, shown=job.progress) as bar:
             for _ in range(rounds):
@@ -213,6 +266,8 @@ class _Work(PruneWork):
                 removed += chosen
                 bar.finish(", ".join(map(str, chosen)))
         if removed:
+            removed, note = _feasible(model, candidates, removed, scores)
+            job.report.notes += note
             kept = [index for index in range(total) if index not in removed]
             keep_blocks(model, kept)
             prefix = find_blocks(model).name
