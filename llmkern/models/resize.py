@@ -215,7 +215,7 @@ def wanted_shapes(block: nn.Module, units: Units, count: int) -> dict[str, tuple
         if name == units.consumer:
             keep_columns(twin, units.columns[kept].flatten())
         else:
-            keep_rows(twin, units.producers[name][kept].flatten())
+            keep_rows(twin, units.rows(name, kept))
         shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in twin.named_parameters()}
     return shapes
 
@@ -226,8 +226,8 @@ def keep_units(block: nn.Module, units: Units, kept: Tensor) -> None:
     The rows and columns that stay keep their order, and what they hold. The modules' settings are
     those of the old width until `adopt_settings`.
     """
-    for name, rows in units.producers.items():
-        keep_rows(block.get_submodule(name), rows[kept.cpu()].flatten().sort().values)
+    for name in units.producers:
+        keep_rows(block.get_submodule(name), units.rows(name, kept.cpu()))
     columns = units.columns[kept.cpu()].flatten().sort().values
     keep_columns(block.get_submodule(units.consumer), columns)
 

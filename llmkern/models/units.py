@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Units:
         columns: int64 [units, columns], the columns of its weight that read each unit.
         head_dim: width of a head; None for neurons.
         one_key: all query heads read one key/value head, which stays; each of them is a unit.
+        fixed: name of a producer -> int64 [rows], those of its rows that belong to no unit and stay.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Units:
     columns: Tensor
     head_dim: int | None = None
     one_key: bool = False
+    fixed: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.columns.shape[0]
@@ -72,6 +74,11 @@ class Units:
         if self.kind != "attention":
             return "neurons"
         return "query heads" if self.one_key else "key/value heads"
+
+    def rows(self, name: str, kept: Tensor) -> Tensor:
+        """The rows of a producer, ascending, that are left with the units `kept`."""
+        own = self.producers[name][kept].flatten()
+        return torch.cat((own, self.fixed[name]) if name in self.fixed else (own,)).sort().values
 
     @property
     def heads(self) -> int:
@@ -279,6 +286,12 @@ def _attention(
     elif len(producers) == 1:
         kv_heads = (made[0] // head_dim - heads) // 2
         if kv_heads < 1 or heads % kv_heads or (heads + 2 * kv_heads) * head_dim != made[0]:
+            return
+        if kv_heads == 1 and heads > 1:
+            each = torch.arange(width).view(heads, -1)
+            fixed = {producers[0]: torch.arange(width, made[0])}
+            queries = {producers[0]: each}
+            yield Units("attention", queries, consumer, each, head_dim, one_key=True, fixed=fixed)
             return
         q, k, v = torch.split(torch.arange(made[0]), [width, *[kv_heads * head_dim] * 2])
         apart = torch.cat([part.view(kv_heads, -1) for part in (q, k, v)], 1)  # [q | k | v]
