@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.calibrate._left import copied, entries_of, refilled, same_entries, tensors_in
-from llmkern.models import DecoderBlocks, cast_floats, computing_in, run_on_tokens
+from llmkern.models import (
+    DecoderBlocks,
+    cast_floats,
+    computing_in,
+    evaluation_mode,
+    find_blocks,
+    run_on_tokens,
+)
 from llmkern.models.calls import (
     Call,
     forward_replaced,
@@ -194,7 +201,9 @@ def find_flow(model: nn.Module, blocks: DecoderBlocks, tokens: Tensor, *, keep: 
             do not make when they are run one after the other; the block is named.
     """
     few = tokens[:1, :_PROBE_TOKENS]
-    inputs, outputs, changed = _observed(model, blocks, few)
+    seen, outputs, changed = _observed(model, blocks, few)
+    _check_each_once(model, blocks, [len(each) for each in seen])
+    inputs = [each[0] for each in seen]
     one, two = (_entering_shape(model, blocks, few.expand(n, -1)) for n in (1, 2))
     axis = next((i for i, sizes in enumerate(zip(one, two, strict=True)) if len({*sizes}) > 1), 0)
     flow = Flow(axis, [x.dtype for x in inputs], outputs, changed)
@@ -217,19 +226,35 @@ def find_flow(model: nn.Module, blocks: DecoderBlocks, tokens: Tensor, *, keep: 
     return flow
 
 
-def check_runs(model: nn.Module, blocks: DecoderBlocks) -> None:
-    """Refuse a model whose blocks are not each run once on text; one without data will do.
+def check_runs(model: nn.Module) -> None:
+    """Refuse a model whose blocks are not each run once on text, as far as can be seen without data.
 
     Raises:
         ValueError: names the block.
     """
-    few = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device)[None]
-    _observed(model, blocks, few)
+    blocks = find_blocks(model)
+    few = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
+    with torch.no_grad(), evaluation_mode(model):
+        try:
+            runs = _observed(model, blocks, few)[0]
+        except (RuntimeError, NotImplementedError, IndexError, KeyError):
+            return  # not every model runs without data
+    _check_each_once(model, blocks, [len(seen) for seen in runs])
+
+
+def _check_each_once(model: nn.Module, blocks: DecoderBlocks, runs: list[int]) -> None:
+    for (name, block), count in zip(blocks.items(), runs, strict=True):
+        if count != 1:
+            times = f"runs {count} times" if count else "does not run"
+            raise ValueError(
+                f"model: got {type(model).__name__}, whose block {name} ({type(block).__name__}) {times} "
+                f"on text, {_WAY_OUT}"
+            )
 
 
 def _observed(
     model: nn.Module, blocks: DecoderBlocks, tokens: Tensor
-) -> tuple[list[Tensor], list[Any], frozenset[str]]:
+) -> tuple[list[list[Tensor]], list[Any], frozenset[str]]:
     """What enters and leaves each block in the model's own forward, and which arguments blocks change."""
     inputs: list[list[Tensor]] = [[] for _ in blocks.modules]
     outputs: list[Any] = [None] * len(blocks)
@@ -253,14 +278,7 @@ def _observed(
         for index, block in enumerate(blocks.modules):
             stack.enter_context(forward_replaced(block, observe(index, block.forward)))
         run_on_tokens(model, tokens)
-    for (name, block), seen in zip(blocks.items(), inputs, strict=True):
-        if len(seen) != 1:
-            times = f"runs {len(seen)} times" if seen else "does not run"
-            raise ValueError(
-                f"model: got {type(model).__name__}, whose block {name} ({type(block).__name__}) {times} "
-                f"on text, {_WAY_OUT}"
-            )
-    return [seen[0] for seen in inputs], outputs, frozenset(changed)
+    return inputs, outputs, frozenset(changed)
 
 
 def _entering_shape(model: nn.Module, blocks: DecoderBlocks, tokens: Tensor) -> torch.Size:

@@ -215,8 +215,11 @@ class _Comparison:
         """Apply one method; a row of the report, or the reason why there is none."""
         try:
             record, notes = self._row(label)
-        except _REFUSALS as error:
-            self.report.left_out[label] = " ".join(str(error).split()) or type(error).__name__
+        except Exception as error:  # one method's failure is a row of the table
+            reason = " ".join(str(error).split())
+            if not isinstance(error, _REFUSALS):
+                reason = f"failed: {type(error).__name__}: {reason}"
+            self.report.left_out[label] = reason or type(error).__name__
             self._said(f"{label}: not applied: {self.report.left_out[label]}")
             return
         finally:

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.calibrate import load_tokens
+from llmkern.calibrate import check_runs, load_tokens
 from llmkern.calibrate.data import DEFAULT_SEQ_LEN, TOKEN_FILES, Source, is_stream, is_turns
 from llmkern.drive import Findings, Shapes, Tokens
 from llmkern.hf import load_tokenizer
 from llmkern.models import check_writes_text, chosen_dtype, context_length, vocabulary_size
 from llmkern.pipeline._shapes import read_shapes, tied_embeddings
-from llmkern.pipeline.stages import Stage, source_of
+from llmkern.pipeline.stages import Stage, fit_to_later, source_of
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEASURED_BATCH = 4  # windows, see `llmkern.pipeline.measure`
@@ -172,7 +172,7 @@ def check(
     data = _Data(calibration, text_field, tokenizer)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     before = original
-    for index, stage in enumerate(stages, 1):
+    for index, stage in enumerate(fit_to_later(stages), 1):
         name, found = f"{index}-{stage.name}", Findings()
         tokens = data.of(stage, before, found)
         tokens.device = place
@@ -197,6 +197,8 @@ def _after(stage: Stage[Any], before: Shapes, original: Shapes, found: Findings)
     after = before
     with found.refusals():
         after = stage.plan(before, original, found)
+        if stage.walks:
+            check_runs(before.model)
     return after
 
 

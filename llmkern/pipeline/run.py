@@ -38,7 +38,7 @@ from llmkern.pipeline.measure import beginnings, file_bytes, measure, sensitivit
 from llmkern.pipeline.preflight import Preflight, check
 from llmkern.pipeline.recipe import dump_recipe
 from llmkern.pipeline.run_options import RunOptions
-from llmkern.pipeline.stages import Context, Stage, source_of
+from llmkern.pipeline.stages import Context, Stage, fit_to_later, source_of
 from llmkern.report import PipelineReport, StageRecord, write_report
 
 ORIGINAL = "original"
@@ -63,7 +63,7 @@ class Pipeline:
         if odd is not None or not stages:
             got = "none" if odd is None else type(odd).__name__
             raise ValueError(f"stages: got {got}, expected stages such as Prune('glu', ratio=0.25)")
-        self.stages = list(stages)
+        self.stages = fit_to_later(stages)
 
     def __repr__(self) -> str:
         return f"Pipeline({self.stages!r})"

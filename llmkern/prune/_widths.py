@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmkern.models import Units, head_counts
+from llmkern.models import Units, find_units, head_counts
 
 # A multiple is taken if it is at most this fraction of the width, so that rounding stays a detail.
 _FINEST_STEP = 1 / 16
@@ -42,6 +42,26 @@ def multiple_of(width: int) -> int:
     """The multiple to which the width of an MLP of `width` neurons is rounded."""
     fitting = [m for m in _MULTIPLES if m <= width * _FINEST_STEP]
     return fitting[0] if fitting else _MULTIPLES[-1]
+
+
+def best_multiple(
+    model: nn.Module, kinds: Sequence[str], ratio: float | None, multiples: Sequence[int]
+) -> int | None:
+    """The first of `multiples` to which the widths of the model's MLPs can be rounded; None: leave it.
+
+    One that is more than a quarter of a width, or at which nothing would go, is passed over; so are all,
+    where what is rounded to without them holds the best already.
+    """
+    widths = {len(u) for block in find_units(model) for u in block if u.kind in kinds}
+    widths -= {len(u) for block in find_units(model) for u in block if u.kind == "attention"}
+    for multiple in multiples:
+        if not widths or all(multiple_of(width) % multiple == 0 for width in widths):
+            return None
+        kept = [round(width * (1 - (ratio or 0)) / multiple) * multiple for width in widths]
+        small = all(multiple <= width / 4 for width in widths)
+        if small and (not ratio or any(k < w for k, w in zip(kept, widths, strict=True))):
+            return multiple
+    return None
 
 
 def allowed_counts(

@@ -157,6 +157,11 @@ class Stage(Generic[_M]):
         raise NotImplementedError
 
     @property
+    def walks(self) -> bool:
+        """Whether it goes through the blocks one after the other, with data."""
+        return self.needs_calibration
+
+    @property
     def own_data(self) -> Any:
         """The stage's own source of text or tokens, None where it takes the run's."""
         return self.options.get("calibration")
@@ -189,6 +194,15 @@ class Stage(Generic[_M]):
     def keeps_packed(self) -> bool:
         """Whether packed layers of the model may stay packed."""
         return False
+
+    @property
+    def holds_multiples_of(self) -> tuple[int, ...]:
+        """What widths should be multiples of for this stage to hold them, the best first."""
+        return ()
+
+    def fitted_to(self, multiples: tuple[int, ...]) -> Stage[_M]:
+        """The stage, with what later ones say of `holds_multiples_of`."""
+        return self
 
     def plan(self, before: Shapes, original: Shapes, found: Findings) -> Shapes:
         """The shapes that the stage leaves.
@@ -283,6 +297,16 @@ class Stage(Generic[_M]):
             "text_field": self.text_field(context.text_field),
             "tokenizer": context.tokenizer,
         }
+
+
+def fit_to_later(stages: Sequence[Stage[Any]]) -> list[Stage[Any]]:
+    """The stages, each told which widths those after it can hold best."""
+    fitted: list[Stage[Any]] = []
+    later: tuple[int, ...] = ()
+    for stage in reversed(stages):
+        fitted.append(stage.fitted_to(later))
+        later = stage.holds_multiples_of or later
+    return fitted[::-1]
 
 
 def source_of(value: Any) -> Source:

@@ -130,6 +130,10 @@ class Distill(Stage[DistillMethod]):
         return self._reads_windows or self._narrows
 
     @property
+    def walks(self) -> bool:
+        return self._narrows
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         return ("answers",) if self.options.get("prompts") is not None else ()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from llmkern.drive import Findings, Shapes
@@ -13,12 +14,16 @@ from llmkern.prune import METHODS, Pattern, PruneMethod, PruneReport, prune
 from llmkern.prune._amount import check_fraction, parse_pattern
 from llmkern.prune._driver import sort_amount
 from llmkern.prune._method import PruneJob
+from llmkern.prune._widths import best_multiple
 
 _AMOUNTS = ("sparsity", "pattern", "ratio")
 
 
 class Prune(Stage[PruneMethod]):
     """`llmkern.prune` as a stage: `Prune("glu", ratio=0.25)`.
+
+    Where no `round_to` is given, widths are rounded to what the stages after it can hold best, such as
+    groups of 128, as long as that is at most a quarter of the width.
 
     What a method would decide by whether there is data (`PruneMethod.undecided`) is decided here without:
     magnitude pruning lets biases take up the mean of what is removed only where `bias_compensation` is
@@ -28,6 +33,7 @@ class Prune(Stage[PruneMethod]):
     name = "prune"
     methods = METHODS
     default = "sparsegpt"
+    _multiples: tuple[int, ...] = ()
 
     @classmethod
     def _known(cls, method: PruneMethod) -> dict[str, Any]:
@@ -90,19 +96,45 @@ class Prune(Stage[PruneMethod]):
     def run(self, context: Context) -> dict[str, Any]:
         context.expand_packed("to be pruned")
         options = {k: v for k, v in self.options.items() if k != "calibration"}
-        options = {**self.kind.undecided, **options}
+        options = {**self.kind.undecided, **self._round_to(context.model), **options}
         if self.needs_calibration:
             options |= self._calibration(context)
         options |= {"progress": context.progress, **context.state()}
         return prune(context.model, self.method, **options).to_dict()
 
+    def fitted_to(self, multiples: tuple[int, ...]) -> Prune:
+        if "round_to" not in self.takes(self.method) or "round_to" in self.options:
+            return self
+        fitted = Prune(self.method, **self.options)
+        object.__setattr__(fitted, "_multiples", multiples)
+        return fitted
+
+    def _round_to(self, model: Any) -> dict[str, int]:
+        """The multiple that widths are rounded to for the stages after this one, if there is any."""
+        kinds = getattr(self.kind.work, "kinds", None)
+        if not self._multiples or kinds is None:
+            return {}
+        with suppress(Exception):  # the driver will say what is wrong with the model
+            size = best_multiple(
+                model, kinds(self.settings()[0]), self.options.get("ratio"), self._multiples
+            )
+            return {} if size is None else {"round_to": size}
+        return {}
+
     def plan(self, before: Shapes, original: Shapes, found: Findings) -> Shapes:
         dense = before.dense()
-        return self.kind.work.after(self.job(dense.model), dense, found)
+        rounded = self._round_to(dense.model)
+        if rounded:
+            found.notes.append(
+                f"widths are rounded to multiples of {rounded['round_to']}, which the stages after it "
+                "hold best; round_to says otherwise"
+            )
+        return self.kind.work.after(self.job(dense.model, **rounded), dense, found)
 
-    def job(self, model: Any) -> PruneJob:
-        """What the driver would be told, of a model without data."""
+    def job(self, model: Any, **changes: Any) -> PruneJob:
+        """What the driver would be told, of a model without data; `changes` to the method's options."""
         settings, data = self.settings()
+        settings = dataclasses.replace(settings, **changes)
         amount, described = sort_amount(self.kind, self._amounts())
         report = PruneReport(self.method, described, dataclasses.asdict(settings))
         rules = dict(self.options.get("rules") or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from llmkern.pipeline.stages._stage import GIVEN, SOURCE, STATE, Context, Stage
 from llmkern.quantize import METHODS, QuantizeMethod, quantize
 from llmkern.quantize._driver import check_formats, plan_formats, size_notes
 
+# Groups that "auto" takes where larger ones do not fit.
+_SMALLER = (64, 32)
 _COMMON = {"bits": 4, "group_size": "auto", "symmetric": True}
 
 
@@ -84,6 +87,16 @@ class Quantize(Stage[QuantizeMethod]):
     @property
     def needs_calibration(self) -> bool:
         return self.kind.work.needs(self.settings()[0]).tokens
+
+    @property
+    def holds_multiples_of(self) -> tuple[int, ...]:
+        names = ("group_size", "block_size")
+        formats = [self._chosen(), *self._formats().values()]
+        sizes = [size for fmt in formats for name in names if (size := getattr(fmt, name, None))]
+        best = math.lcm(*sizes)
+        if best == 1 or self.options.get("group_size", "auto") != "auto":
+            return (best,)
+        return (best, *(size for size in _SMALLER if size < best))
 
     @property
     def label(self) -> str:
