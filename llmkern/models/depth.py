@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkern.models.blocks import evaluation_mode, find_blocks, run_on_tokens, text_config
+from llmkern.models.blocks import evaluation_mode, find_blocks, text_config
 from llmkern.models.calls import same_values, skipped
 from llmkern.models.reload import can_reload, logits, reloaded
 from llmkern.models.resize import (
@@ -173,13 +173,13 @@ def _check_function(model: nn.Module, config: Any, built: nn.Module, kept: Seque
 
 def _check_runs(model: nn.Module, built: nn.Module) -> None:
     """Without data: whether it runs, where the whole model does."""
-    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=next(model.parameters()).device)
     why = None
     with suppress(Exception):  # not every model runs without data
-        run_on_tokens(model, tokens)
+        model(input_ids=tokens)
         try:
-            run_on_tokens(built.eval(), tokens)
-        except Exception as error:
-            why = " ".join(str(error).split()) or type(error).__name__
+            built.eval()(input_ids=tokens)
+        except ValueError as error:
+            why = " ".join(str(error).split())
     if why is not None:
         raise ValueError(f"it does not run without the others: {why}")
