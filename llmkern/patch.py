@@ -13,8 +13,8 @@ from torch import nn
 from llmkern.formats import FORMATS, WeightFormat
 from llmkern.formats.int4 import QuantFormat
 from llmkern.models.experts import find_expert_matrices
-from llmkern.models.heads import is_head, is_router, shared_weights
-from llmkern.models.linears import find_linears, is_conv1d, shape_of
+from llmkern.models.heads import find_routers, is_head, shared_weights
+from llmkern.models.linears import find_linears, other_function, shape_of
 from llmkern.nn import is_packed, packed_class
 from llmkern.wire import record_formats
 
@@ -57,11 +57,11 @@ def patch(
 
     A `QuantFormat` makes an `IntLinear`, a `LutFormat` (NF4, FP4) a `Lut4Linear`.
 
-    The output head, MoE routers, layers whose weight another module shares (tied embeddings) and
-    modules of any other class stay as they are. A head or router is quantized where a pattern
-    without wildcards names it. What the rule asks for and cannot be had (a group size that does not
-    divide K, blocks that split 32 columns, experts held as 3-D parameters) is left dense and listed in
-    one warning.
+    The output head, MoE routers and other narrow linears, layers whose weight another module shares (tied
+    embeddings) and linears that compute something else than nn.Linear stay as they are. A head or router
+    is quantized where a pattern without wildcards names it. What the rule asks for and cannot be had (a
+    group size that does not divide K, blocks that split 32 columns, experts held as 3-D parameters) is
+    left dense and listed in one warning.
 
     Args:
         model: any module; a transformers model also gets the `quantization_config` with which its own
@@ -123,11 +123,11 @@ def choose_linears(
             f"rule: got the pattern {pattern!r}, which matches no linear layer of "
             f"{type(model).__name__}; layers are named like {next(iter(linears), 'none')!r}"
         )
-    shared = shared_weights(model)
+    shared, routers = shared_weights(model), find_routers(model)
     for name, linear in linears.items():
         winner = winning_pattern(rules, name)
         fmt = None if winner is None else rules[winner]
-        reason, unexpected = _reason_to_leave(name, linear, winner, fmt is None, shared)
+        reason, unexpected = _reason_to_leave(name, linear, winner, fmt is None, shared, routers)
         if reason is None and fmt is not None:
             reason = misfit(fmt, shape_of(linear))
             unexpected = reason is not None
@@ -181,6 +181,7 @@ def _reason_to_leave(
     pattern: str | None,
     dense: bool,
     shared: Mapping[int, list[str]],
+    routers: Mapping[str, str],
 ) -> tuple[str | None, bool]:
     """(why a layer is left alone or None, whether the rule asked for it)."""
     if is_packed(linear):
@@ -193,12 +194,11 @@ def _reason_to_leave(
     others = [n for n in shared.get(id(linear._parameters.get("weight")), []) if n != name]
     if others:
         return f"shares its weight with {', '.join(others)}", pattern == name
-    if pattern != name and (is_head(name) or is_router(name)):
-        kind = "an output head" if is_head(name) else "a router"
+    if pattern != name and (is_head(name) or name in routers):
+        kind = "an output head" if is_head(name) else routers[name]
         return f"{kind}, dense unless a pattern names it", False
-    if type(linear) is not nn.Linear and not is_conv1d(linear):
-        return f"of class {type(linear).__name__}, which is not a plain nn.Linear", True
-    return None, False
+    other = other_function(linear)
+    return other, other is not None
 
 
 def _misfit(fmt: Format, shape: tuple[int, int]) -> str | None:

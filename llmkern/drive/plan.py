@@ -80,8 +80,21 @@ def plan_layers(
             plan[name] = asked[name][1]
         else:
             left[name] = f"outside the decoder blocks ({blocks.name})"
+    if not plan:
+        raise ValueError(f"model: got no layer to {what}, expected some: {_reasons(left, inside)}")
     warn_dense(what, {name: left[name] for name in choice.unexpected})
     return plan, left
+
+
+def _reasons(left: Mapping[str, str], inside: Mapping[str, nn.Module]) -> str:
+    """Why the linears of the blocks are left, one example per reason."""
+    names: dict[str, list[str]] = {}
+    for name in inside:
+        names.setdefault(left[name], []).append(name)
+    return "; ".join(
+        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}"
+        for reason, found in names.items()
+    )
 
 
 def check_values(name: str, linear: nn.Module) -> None:

@@ -201,7 +201,7 @@ class Findings:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             line = f"{names[0]}{more} ({held / total:.1%} of the weights) left as it is: {reason}"
             # The rules ask for these, and they cannot be had.
-            odd = names[0] in experts or "not a plain" in reason
+            odd = names[0] in experts or "something else" in reason
             (self.warnings if odd else self.notes).append(line)
 
 

@@ -6,6 +6,9 @@ transformers' `Conv1D` (GPT-2) keeps its weight transposed. Everything here spea
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +22,53 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether it multiplies by a matrix: an nn.Linear of any kind, packed too, or a Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def other_function(linear: nn.Module) -> str | None:
+    """Why a dense linear is something else than x @ wᵀ + bias, or None.
+
+    Models have subclasses of nn.Linear with a forward of their own. Some spell the same product in
+    another way, which shows when it is run; others route, group or scale.
+    """
+    kind = type(linear)
+    if is_conv1d(linear) or kind.forward is nn.Linear.forward:
+        return None
+    why = f"of class {kind.__name__}, which computes something else than nn.Linear"
+    weight = linear._parameters.get("weight")
+    if weight is None or not _spells_linear(kind):
+        return why
+    if weight.is_meta:
+        return None
+    return None if _is_product(linear) else why
+
+
+@cache
+def _spells_linear(kind: Any) -> bool:
+    """Whether a small layer of this class is a plain product."""
+    try:
+        return _is_product(kind(8, 4))
+    except Exception:  # of its own constructor, or of a forward that wants other arguments
+        return False
+
+
+def _is_product(linear: nn.Module) -> bool:
+    weight = linear.get_parameter("weight")
+    x = (
+        torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device)
+        .to(weight.dtype)
+        .view(2, -1)
+    )
+    try:
+        with torch.no_grad():
+            y = linear(x)
+            want = nn.functional.linear(x, weight, linear._parameters.get("bias"))
+    except Exception:
+        return False
+    if not isinstance(y, Tensor) or y.shape != want.shape or y.dtype != want.dtype:
+        return False
+    return bool(
+        torch.allclose(y.float(), want.float(), rtol=0.02, atol=0.02 * float(want.abs().max()))
+    )
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:

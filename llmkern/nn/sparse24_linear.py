@@ -12,7 +12,7 @@ from llmkern import _backends
 from llmkern._dtypes import FLOATS, dtype_name
 from llmkern.formats import sparse24_cpu, sparse24_cuda
 from llmkern.formats.sparse24 import check_meta, check_parts, compress, is_pruned24
-from llmkern.models.linears import dense_weight
+from llmkern.models.linears import dense_weight, other_function
 from llmkern.nn._packed_linear import PackedLinear
 from llmkern.ops.dequantize_sparse24 import dequantize_sparse24
 from llmkern.ops.sparse24_gemm import sparse24_gemm
@@ -102,9 +102,12 @@ class Sparse24Linear(PackedLinear):
     def from_pattern(cls, linear: nn.Module) -> Sparse24Linear | None:
         """The sparse layer of a plain linear that has been pruned to 2:4, or None."""
         weight = linear._parameters.get("weight")
-        if type(linear) is not nn.Linear or type(weight) is not nn.Parameter:
+        # A Conv1D's file holds its weight the other way round, and this one is written as a dense weight.
+        if type(weight) is not nn.Parameter or not isinstance(linear, nn.Linear):
             return None
-        return cls.from_linear(linear) if is_pruned24(weight.detach()) else None
+        if other_function(linear) is not None or not is_pruned24(weight.detach()):
+            return None
+        return cls.from_linear(linear)
 
     @classmethod
     def from_parts(cls, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Sparse24Linear:
