@@ -61,8 +61,11 @@ def plan_layers(
             f"rules: got {pattern!r}, which matches no linear in {blocks.name}; they are named like "
             f"{next(iter(inside))!r}"
         )
+    choice = choose_linears(model, rules, lambda wanted, shape: None)
     asked = {}
     for name, linear in inside.items():
+        if name not in choice.replaced:
+            continue
         winner = winning_pattern(rules, name)
         wanted = None if winner is None else rules[winner]
         if wanted is not None and winner == "*" and fitted is not None:
@@ -70,7 +73,6 @@ def plan_layers(
         if wanted is not None:
             asked[name] = (shape_of(linear), wanted)
     check(asked)
-    choice = choose_linears(model, rules, lambda wanted, shape: None)
     left = dict(choice.left)
     plan = {}
     for name in choice.replaced:

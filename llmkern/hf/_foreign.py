@@ -18,8 +18,15 @@ def release(model: nn.Module) -> None:
     """Make the model one of ours: transformers' quantizer has nothing left to do."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        quantizer.remove_quantization_config(model)
+        forget_quantizer(model)
     record_formats(model)
+
+
+def forget_quantizer(model: nn.Module) -> None:
+    """Take away all that transformers' quantizer has left in a model: Jamba's forward looks at it."""
+    model.hf_quantizer.remove_quantization_config(model)  # type: ignore[operator, union-attr]
+    for module in model.modules():
+        vars(getattr(module, "config", None) or module).pop("_is_quantized", None)
 
 
 def release_dense(model: nn.Module) -> None:

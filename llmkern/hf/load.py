@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkern.hf._architecture import find_model_class, read_config
+from llmkern.hf._foreign import forget_quantizer
 from llmkern.masks import forget_filled
 from llmkern.models.resize import ENTRY, class_with_widths
 from llmkern.nn import prepare
@@ -68,7 +69,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     model.__class__ = model_class
     _check_loading(files, info, reader)
     if reader is not None:
-        model.hf_quantizer.remove_quantization_config(model)
+        forget_quantizer(model)
         reader.fill(model)
         record_formats(model)
     forget_filled(model, "load")

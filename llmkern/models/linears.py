@@ -30,7 +30,7 @@ def other_function(linear: nn.Module) -> str | None:
     Models have subclasses of nn.Linear with a forward of their own. Some spell the same product in
     another way, which shows when it is run; others route, group or scale.
     """
-    kind = type(linear)
+    kind: Any = type(linear)
     if is_conv1d(linear) or kind.forward is nn.Linear.forward:
         return None
     why = f"of class {kind.__name__}, which computes something else than nn.Linear"

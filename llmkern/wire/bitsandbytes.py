@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from llmkern._dtypes import dtype_name
 from llmkern.formats.lut4 import BLOCK_SIZES, CODEBOOKS, codebook_name
 from llmkern.models.experts import find_expert_matrices
+from llmkern.models.linears import is_conv1d
 from llmkern.nn import Lut4Linear, PackedLinear
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
+from llmkern.wire.conversions import empty_model, odd_classes, rebuilt, renamed_leaf
 from llmkern.wire.pending import fill_pending, leave_pending
 from llmkern.wire.replace import like
 
@@ -76,6 +78,20 @@ class Bitsandbytes(Wire):
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": sorted(dense),
         }
+
+    def unread(self, model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> str | None:
+        """transformers packs plain linears only (and Conv1D), and packs subclasses that were not."""
+        skeleton = empty_model(model)
+        kinds = odd_classes(skeleton, layers)
+        odd = {name: module for name, module in kinds.items() if not is_conv1d(module)}
+        why = [f"{name} is a packed {type(module).__name__}" for name, module in odd.items()][:1]
+        experts = rebuilt(model, self.name)
+        why += [] if experts is None else [f"{experts} holds dense MoE experts"]
+        leaf = None if why else renamed_leaf(skeleton, layers)
+        why += [] if leaf is None else [f"{leaf} has another name in files"]
+        if not why:
+            return None
+        return f"{' and '.join(why)}, which transformers with bitsandbytes does not read"
 
     def leave_dense(self, entry: dict[str, Any], name: str) -> None:
         """One module more to skip."""

@@ -19,6 +19,7 @@ from llmkern.nn import IntLinear, PackedLinear, is_packed
 from llmkern.wire._scheme import FORMAT, Scheme, read_scheme, weights_format
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
+from llmkern.wire.conversions import empty_model, initialised, merged, odd_classes, rebuilt
 from llmkern.wire.replace import like
 
 if TYPE_CHECKING:
@@ -56,12 +57,14 @@ class CompressedTensors(Wire):
 
     def unread(self, model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> str | None:
         """transformers packs linears only, and looks for packed experts."""
-        with torch.device("meta"):
-            skeleton = type(model)(model.config)
-        odd = {name: skeleton.get_submodule(name) for name in layers}
-        odd = {name: module for name, module in odd.items() if not isinstance(module, nn.Linear)}
+        skeleton = empty_model(model)
+        odd = odd_classes(skeleton, layers)
         why = [f"{name} is a packed {type(module).__name__}" for name, module in odd.items()][:1]
-        why += [f"{name} holds dense MoE experts" for name in find_expert_matrices(model)][:1]
+        experts = [*merged(model, find_expert_matrices(model)), rebuilt(model, self.name)]
+        why += [f"{name} holds dense MoE experts" for name in experts[:1] if name is not None]
+        if not why:
+            tripped = initialised(skeleton, layers)
+            why = [] if tripped is None else [f"{tripped} is initialised anew by its model"]
         if not why:
             return None
         return f"{' and '.join(why)}, which transformers with compressed-tensors does not read"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmkern.models.linears import is_linear, shape_of
 from llmkern.nn import PackedLinear
 from llmkern.wire.checkpoint_files import CheckpointFiles
+from llmkern.wire.conversions import module_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 class Pending(nn.Module):
     """Stands where a packed layer will: transformers loads its bias, `fill_pending` the rest."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, written: str) -> None:
         super().__init__()
+        self.written = written  # its name in the files
         self.shape = shape_of(linear)
         self.register_parameter("bias", getattr(linear, "bias", None))
         # Some models' `_init_weights` looks at it (GPT-2); no parameter, or it would count as missing.
@@ -35,7 +37,7 @@ def leave_pending(
 
     Args:
         model: the skeleton.
-        layers: full names.
+        layers: full names in the files.
         names: of their tensors in the files, by what follows the module's name: "weight" stands for
             "weight.absmax", too.
         what: the files have there, for messages: "a 4-bit weight".
@@ -43,20 +45,21 @@ def leave_pending(
     Raises:
         ValueError: there is no linear by one of the names.
     """
-    modules = dict(model.named_modules())
-    either, tensors = ("|".join(map(re.escape, part)) for part in (layers, names))
+    modules, renamed = dict(model.named_modules()), module_names(model, layers)
+    either, tensors = (
+        "|".join(map(re.escape, part)) for part in ({*layers, *renamed.values()}, names)
+    )
     ignored = {
         *(model._keys_to_ignore_on_load_unexpected or ()),
         rf"^({either})\.({tensors})(\.|$)",
     }
     model._keys_to_ignore_on_load_unexpected = ignored
-    for name in layers:
+    for written, name in renamed.items():
         module = modules.get(name)
         if module is None or not is_linear(module):
-            raise ValueError(
-                f"{name}: got {what} for {type(module).__name__}, expected a linear layer"
-            )
-        model.set_submodule(name, Pending(module))
+            there = "no module of that name" if module is None else type(module).__name__
+            raise ValueError(f"{written}: got {what} for {there}, expected a linear layer")
+        model.set_submodule(name, Pending(module, written))
 
 
 def fill_pending(
@@ -81,7 +84,7 @@ def fill_pending(
     for name, module in list(model.named_modules()):
         if not isinstance(module, Pending):
             continue
-        found = files.read(name, names)
+        found = files.read(module.written, names)
         tensors = {key: t.to(model.device) for key, t in found.items()}
         try:
             layer = make(tensors, module._parameters["bias"])

@@ -1,0 +1,112 @@
+"""What transformers does to a checkpoint's names on the way into a model, and what it cannot hold."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The module that each linear of a file belongs to, by its name there.
+
+    Files keep the names of older releases: `language_model.model.layers` is `model.language_model.layers`
+    in a model of today.
+    """
+    # transformers is imported where it is needed: `import llmkern` brings torch only.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    known: Any = dict.fromkeys(f"{name}.weight" for name, _ in model.named_modules())
+    found = {}
+    for name in names:
+        key, prefix = f"{name}.weight", model.base_model_prefix
+        renamed, _ = rename_source_key(key, renamings, [], prefix, known)
+        if renamed not in known and key in known:
+            renamed = key
+        found[name] = renamed.removesuffix(".weight")
+    return found
+
+
+def renamed_leaf(skeleton: PreTrainedModel, names: Iterable[str]) -> str | None:
+    """The first of these linears whose own name, not only its path, is another one in files."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    for name in names:
+        key = f"{name}.weight"
+        written = revert_weight_conversion(skeleton, {key: skeleton.get_parameter(key)})
+        if any(leaf.split(".")[-2:] != key.split(".")[-2:] for leaf in written):
+            return name
+    return None
+
+
+def merged(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """The modules among `names` whose parameters transformers puts together from several of a file."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    targets = [re.compile(pattern) for c in converters for pattern in c.target_patterns]
+    found = []
+    for name in names:
+        own = [
+            f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters(recurse=False)
+        ]
+        if any(target.search(key) for target in targets for key in own):
+            found.append(name)
+    return found
+
+
+def empty_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class without data, as transformers builds it before it loads one."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def initialised(skeleton: PreTrainedModel, names: Iterable[str]) -> str | None:
+    """The first module that the model's own initialisation cannot pass over once linears have no weight.
+
+    transformers calls that method on every module after loading, packed linears of others among them.
+    """
+    odd = _tripping(skeleton)  # over something else, without data
+    for name in names:
+        skeleton.get_submodule(name)._parameters.pop("weight", None)
+    return next((name for name in _tripping(skeleton) if name not in odd), None)
+
+
+def _tripping(skeleton: PreTrainedModel) -> list[str]:
+    found = []
+    for name, module in skeleton.named_modules():
+        try:
+            skeleton._init_weights(module)  # type: ignore[no-untyped-call]
+        except Exception:  # of the model's own code
+            found.append(name)
+    return found
+
+
+def rebuilt(model: PreTrainedModel, method: str) -> str | None:
+    """The first module that transformers builds in another way for a quantized model, as of Llama 4."""
+    try:
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHED
+    except ImportError:
+        return None
+    for name, module in model.named_modules():
+        entry: Any = PATCHED.get(type(module).__name__, {})
+        if method in [getattr(m, "value", m) for m in entry.get("quantization_methods", ())]:
+            return str(name)
+    return None
+
+
+def odd_classes(skeleton: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The modules among `names` that are no nn.Linear itself."""
+    found = {name: skeleton.get_submodule(name) for name in names}
+    return {name: module for name, module in found.items() if type(module) is not nn.Linear}
