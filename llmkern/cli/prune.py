@@ -98,10 +98,11 @@ def prune(
 
 def _summary(report: PruneReport, output: Path) -> str:
     if not (report.widths or report.removed_blocks):
-        return (
+        line = (
             f"{len(report.layers)} layers pruned in {report.seconds:.1f} s, {report.sparsity:.1%} of "
             f"their weights are zero, {len(report.kept)} left as they were, saved to {output}"
         )
+        return "\n".join([*report.notes, line])
     removed = 1 - report.parameters_after / report.parameters_before
     lines = [
         f"{report.parameters_before:,} → {report.parameters_after:,} parameters ({removed:.1%} fewer) in "

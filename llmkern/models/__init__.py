@@ -35,6 +35,7 @@ from llmkern.models.resize import (
     unit_overrides,
     write_widths,
 )
+from llmkern.models.share import left_share
 from llmkern.models.sources import Source, find_sources, fold, scale_columns
 from llmkern.models.units import Units, find_units
 
@@ -65,6 +66,7 @@ __all__ = [
     "head_counts",
     "keep_blocks",
     "keep_units",
+    "left_share",
     "resize_blocks",
     "run_on_tokens",
     "scale_columns",

@@ -101,7 +101,7 @@ def _own(model: nn.Module) -> tuple[torch.dtype, str]:
 def _halves(module: nn.Module) -> Iterator[Tensor]:
     for part in module.modules():
         own: list[Tensor] = list(part.parameters(recurse=False))
-        if not hasattr(part, "dequantize"):  # a packed layer: its kernels take scales of any dtype
+        if not isinstance(part, nn.Linear):  # a packed one has buffers; its kernels take any dtype
             own += part.buffers(recurse=False)
         yield from (tensor for tensor in own if tensor.dtype in _HALVES)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from llmkern.calibrate.data import Source
 from llmkern.drive import find_method, sort_options
+from llmkern.models import left_share
 from llmkern.prune import depth, glu, heads, magnitude, sparsegpt, taylor, wanda
 from llmkern.prune._amount import Amount, Pattern, check_fraction, parse_pattern
 from llmkern.prune._method import PruneJob, PruneMethod
@@ -100,6 +101,8 @@ def prune(
     job.data_given = tuple(name for name in vars(data) if name in options)
     kind.work.run(job)
     report.parameters_after = _parameters(model)
+    if report.layers:
+        report.notes.append(left_share(model, [line.name for line in report.layers]))
     report.seconds = time.perf_counter() - start + (job.journal.seconds if job.journal else 0.0)
     return report
 

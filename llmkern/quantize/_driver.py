@@ -26,7 +26,7 @@ from llmkern.drive import (
 )
 from llmkern.formats import WeightFormat
 from llmkern.masks import forget_filled
-from llmkern.models import compute_dtype, compute_note
+from llmkern.models import compute_dtype, compute_note, left_share
 from llmkern.models.linears import shape_of
 from llmkern.patch import winning_pattern
 from llmkern.quantize import gptq, rtn, tables
@@ -154,6 +154,7 @@ def quantize(
             journal=journal,
         )
         kind.work.run(run)
+    report.notes.append(left_share(model, [line.name for line in report.layers]))
     report.seconds = time.perf_counter() - start + (journal.seconds if journal else 0.0)
     return report
 

@@ -76,7 +76,7 @@ def test_pruned_model_is_a_plain_one(
             ["--method", "depth", "--blocks", "1", "--importance", "obs"],
             "--importance: got obs, expected nothing: --method depth has no such option",
         ),
-        (["--method", "glu", "--ratio", "0.5", "--rule", "*=0.5"], "rules: got"),
+        (["--method", "glu", "--ratio", "0.5", "--rule", "*=0.5"], "rules: unknown"),
     ],
 )
 def test_mistake_is_one_line(run: Run, tmp_path: Path, options: list[str], message: str) -> None:
