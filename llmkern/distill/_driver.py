@@ -16,7 +16,13 @@ from llmkern.distill._plan import DistillJob
 from llmkern.distill._student import is_dense
 from llmkern.drive import find_method, sort_options
 from llmkern.masks import keep_masks, pruned_layers
-from llmkern.models import check_writes_text, float32_parameters
+from llmkern.models import (
+    check_writes_text,
+    compute_note,
+    computing_in,
+    float32_parameters,
+    whole_dtypes,
+)
 from llmkern.train import TrainOptions, TrainReport, fit
 
 
@@ -135,8 +141,14 @@ def distill(
         # Dropout in the teacher would make its targets noise.
         teacher.eval()
     used = _described(settings)
+    reading: AbstractContextManager[object] = nullcontext()
+    if teacher is not None and teacher is not student:
+        (dtype,) = whole_dtypes([teacher])
+        reading = computing_in(teacher, dtype)
+        note = compute_note(teacher, dtype)
+        job.notes += [] if note is None else [f"the teacher is {note}"]
     try:
-        with float32_parameters(student):
+        with reading, float32_parameters(student):
             plan = kind.plan(job, settings)
             kept: AbstractContextManager[object] = nullcontext()
             if keep_zeros and pruned_layers(student):

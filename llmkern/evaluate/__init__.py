@@ -2,7 +2,6 @@
 
 from llmkern.evaluate.quality import (
     Evaluation,
-    compute_dtypes,
     evaluate,
     next_token_logits,
     score_logits,
@@ -11,7 +10,6 @@ from llmkern.evaluate.speed import speeds, weight_bytes
 
 __all__ = [
     "Evaluation",
-    "compute_dtypes",
     "evaluate",
     "next_token_logits",
     "score_logits",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from llmkern._dtypes import dtype_name
 from llmkern._progress import Bar
 from llmkern.calibrate.data import Source, load_tokens, teller
 from llmkern.evaluate.speed import speeds, weight_bytes
-from llmkern.models import compute_dtype, computing_in, evaluation_mode, vocabulary_size
+from llmkern.models import computing_in, evaluation_mode, vocabulary_size, whole_dtypes
 from llmkern.models.vocabulary import shared_vocabulary
 from llmkern.reference.kd_loss import kl_rows
 
@@ -120,7 +120,7 @@ def evaluate(
         if theirs is not None and mine is not None:
             shared(theirs, mine)  # before anything is computed
     totals = torch.zeros(3, dtype=torch.float64)
-    dtypes = compute_dtypes(models, compute_dtype)
+    dtypes = whole_dtypes(models, compute_dtype)
     batches = torch.split(windows, batch_size)
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(models[-1]):
         with (
@@ -145,21 +145,6 @@ def evaluate(
         window=windows.shape[1],
         compute_dtype=dtype_name(dtypes[0]),
     )
-
-
-def compute_dtypes(models: Sequence[nn.Module], asked: str = "auto") -> list[torch.dtype]:
-    """The dtypes to run whole models in beside one another; see `llmkern.models.compute_dtype`.
-
-    With "auto" it is their own where memory is short: the copies may take half of what is free.
-    """
-    import psutil
-
-    dtypes = [compute_dtype(model, asked) for model in models]
-    if asked == "auto":
-        halves = sum(p.numel() for m in models for p in m.parameters() if p.dtype.itemsize == 2)
-        if 4 * halves > psutil.virtual_memory().available // 2:
-            return [next(model.parameters()).dtype for model in models]
-    return dtypes
 
 
 def _exp(x: float) -> float:

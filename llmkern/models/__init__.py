@@ -20,6 +20,7 @@ from llmkern.models.compute import (
     compute_dtype,
     compute_note,
     computing_in,
+    whole_dtypes,
 )
 from llmkern.models.depth import check_depth, keep_blocks
 from llmkern.models.reload import check_reload
@@ -76,5 +77,6 @@ __all__ = [
     "text_config",
     "unit_overrides",
     "vocabulary_size",
+    "whole_dtypes",
     "write_widths",
 ]

@@ -8,7 +8,7 @@ back in their own dtype, unchanged, afterwards.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -47,6 +47,21 @@ def chosen_dtype(own: torch.dtype, device: str, asked: str = AUTO) -> torch.dtyp
         names = dict.fromkeys((AUTO, "float32", dtype_name(own)))
         raise ValueError(f"compute_dtype: got {asked!r}, expected one of {', '.join(names)}")
     return wanted
+
+
+def whole_dtypes(models: Sequence[nn.Module], asked: str = "auto") -> list[torch.dtype]:
+    """The dtypes to run whole models in beside one another; see `compute_dtype`.
+
+    With "auto" it is their own where memory is short: the copies may take half of what is free.
+    """
+    import psutil
+
+    dtypes = [compute_dtype(model, asked) for model in models]
+    if asked == "auto":
+        halves = sum(p.numel() for m in models for p in m.parameters() if p.dtype.itemsize == 2)
+        if 4 * halves > psutil.virtual_memory().available // 2:
+            return [next(model.parameters()).dtype for model in models]
+    return dtypes
 
 
 def compute_note(model: nn.Module, dtype: torch.dtype) -> str | None:

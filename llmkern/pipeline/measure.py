@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkern._progress import Bar
-from llmkern.evaluate import compute_dtypes, evaluate, next_token_logits, score_logits
-from llmkern.models import computing_in, evaluation_mode, find_blocks, text_config
+from llmkern.evaluate import evaluate, next_token_logits, score_logits
+from llmkern.models import computing_in, evaluation_mode, find_blocks, text_config, whole_dtypes
 from llmkern.nn import is_packed
 from llmkern.wire.checkpoint_files import weight_files
 
@@ -131,7 +131,7 @@ def sensitivity(
     costs = dict.fromkeys((name for name, _ in blocks.items()), 0.0)
     predicted = len(windows) * (windows.shape[1] - 1)
     own = list(blocks.modules)
-    dtypes = compute_dtypes([before, after])
+    dtypes = whole_dtypes([before, after])
     batches = torch.split(windows, batch_size)
     with (
         torch.no_grad(),

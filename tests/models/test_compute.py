@@ -136,3 +136,19 @@ def test_evaluation_in_the_models_dtype_where_memory_is_short(monkeypatch):
     model = tiny("llama", dtype=BF16, seed=0)
     result = llmkern.evaluate(model, torch.randint(0, 96, (2, 16)), speed=False)
     assert result.compute_dtype == "bfloat16"
+
+
+def test_a_teacher_of_16_bits_is_read_in_float32_and_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(compute, "_is_native", lambda dtype: False)
+    teacher, student = tiny("llama", dtype=BF16, seed=0), tiny("llama", dtype=BF16, seed=1)
+    seen = set()
+    teacher.model.layers[0].register_forward_pre_hook(
+        lambda module, args: seen.add(next(module.parameters()).dtype)
+    )
+    tokens = torch.randint(0, 96, (4, 16))
+    before = {name: t.clone() for name, t in teacher.state_dict().items()}
+    report = llmkern.distill(student, teacher, data=tokens, steps=1, batch_size=2)
+    assert seen == {F32}
+    assert any("the teacher is computed in float32" in note for note in report.notes)
+    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
+    assert {p.dtype for p in student.parameters()} == {BF16}
