@@ -30,6 +30,8 @@ from llmkern.reference.kd_loss import kl_rows
 
 # Logits are turned into float32 log-probabilities this many elements at a time (64 MiB).
 _CHUNK = 1 << 24
+# A reference's logits take no more memory than this while other work goes on.
+_KEPT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def evaluate(
     batch_size: int = 4,
     speed: bool = True,
     compute_dtype: str = "auto",
+    kept: dict[int, Tensor] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Measure `model` on `data`.
@@ -97,6 +100,8 @@ def evaluate(
         speed: measure prefill and decoding too, in the model's own dtype.
         compute_dtype: that logits are computed in; "auto": float32 where the processor multiplies the
             model's own dtype slowly and there is memory for a copy, else its own.
+        kept: the reference's logits by batch, read and filled as far as memory allows: for several models
+            on the same windows. The caller drops it.
         progress: say on standard error how far it is.
 
     Raises:
@@ -128,8 +133,11 @@ def evaluate(
             computing_in(models[-1], dtypes[-1]),
             Bar("evaluate", len(batches), "batch", shown=progress) as bar,
         ):
-            for batch in batches:
-                totals += _score(batch, shared, *models)
+            for index, batch in enumerate(batches):
+                logits, other = next_token_logits(model, batch), None
+                if reference is not None:
+                    other = _logits_of_reference(reference, batch, index, len(batches), kept)
+                totals += _score(logits, batch, shared, other)
                 bar.update()
         rates = speeds(model, windows[:1]) if speed else (None, None)
     predicted = len(windows) * (windows.shape[1] - 1)
@@ -172,17 +180,27 @@ def _sharing(windows: Tensor, tokenizers: tuple[Any, Any]) -> Callable[[int, int
     return shared
 
 
+def _logits_of_reference(
+    reference: nn.Module, batch: Tensor, index: int, batches: int, kept: dict[int, Tensor] | None
+) -> Tensor:
+    """`next_token_logits`, computed once where there is room for those of all batches."""
+    if kept is not None and index in kept:
+        return kept[index]
+    logits = next_token_logits(reference, batch)
+    if kept is not None and batches * logits.nbytes < _KEPT:
+        kept[index] = logits.cpu()
+    return logits
+
+
 def _score(
+    logits: Tensor,
     batch: Tensor,
     shared: Callable[[int, int], int | None],
-    model: nn.Module,
-    reference: nn.Module | None = None,
+    other: Tensor | None,
 ) -> Tensor:
     """Sums over a batch's predictions, see `score_logits`."""
-    logits = next_token_logits(model, batch)
-    if reference is None:
+    if other is None:
         return score_logits(logits, batch)
-    other = next_token_logits(reference, batch)
     return score_logits(logits, batch, other, shared(other.shape[-1], logits.shape[-1]))
 
 

@@ -180,6 +180,7 @@ class _Comparison:
             for name, source in sources.items()
         )
         self._windows = held_out[: settings.windows]
+        self._reference_logits: dict[int, Tensor] = {}
         self.report = PipelineReport(
             title=f"Methods compared on {Path(settings.name).name or settings.name}",
             command=settings.command,
@@ -312,6 +313,7 @@ class _Comparison:
             tokenizer=self._settings.tokenizer,
             prompts=self.report.prompts,
             speed=self._settings.speed,
+            kept=self._reference_logits,
             progress=self._settings.progress,
         )
 

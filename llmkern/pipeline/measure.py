@@ -29,6 +29,7 @@ def measure(
     prompts: Sequence[str] = (),
     speed: bool = True,
     batch_size: int = 4,
+    kept: dict[int, Tensor] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """The measured fields of a `StageRecord`.
@@ -42,6 +43,7 @@ def measure(
         prompts: texts to continue greedily, by at most `NEW_TOKENS` tokens each.
         speed: measure prefill and decoding too.
         batch_size: windows per forward.
+        kept: the reference's logits, see `llmkern.evaluate`.
         progress: say on standard error how far it is.
 
     Returns:
@@ -53,7 +55,7 @@ def measure(
     if prompts and tokenizer is None:
         raise ValueError("tokenizer: got None, expected a tokenizer, because there are prompts")
     settings: dict[str, Any] = {"batch_size": batch_size, "speed": speed, "progress": progress}
-    settings |= {"reference": reference, "reference_tokenizer": reference_tokenizer}
+    settings |= {"reference": reference, "reference_tokenizer": reference_tokenizer, "kept": kept}
     result = evaluate(model, windows, tokenizer, **settings)
     generations = []
     with Bar("continue prompts", len(prompts), "prompt", shown=progress and bool(prompts)) as bar:

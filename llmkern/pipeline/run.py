@@ -174,6 +174,7 @@ class _Run:
     options: RunOptions
     prompts: list[str] = field(default_factory=list)
     _read: dict[Any, Tensor] = field(default_factory=dict)
+    _reference_logits: dict[int, Tensor] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Tell the user, if asked to."""
@@ -414,6 +415,7 @@ class _Run:
             reference_tokenizer=self.origin.tokenizer,
             prompts=self.prompts if tokenizer is not None else (),
             speed=self.options.speed,
+            kept=self._reference_logits,
             progress=self.options.progress,
         )
 

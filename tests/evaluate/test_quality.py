@@ -224,3 +224,19 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(monkeypatch: pytest.Mon
     evaluate(model, torch.randint(0, VOCAB, (1, 48)))
     known = inspect.signature(forward).parameters
     assert ({"cache", "past_key_values"} & used) == ({"cache", "past_key_values"} & set(known))
+
+
+@pytest.mark.parametrize("room", [1 << 30, 100])
+def test_the_reference_runs_once_for_several_models(
+    tokens: Tensor, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "_KEPT", room)
+    reference, calls = tiny(), []
+    reference.register_forward_pre_hook(lambda *args: calls.append(1))
+    model, kept = tiny(), {}
+    alone = evaluate(model, tokens, reference=reference, batch_size=2, speed=False)
+    calls.clear()
+    for _ in range(2):
+        again = evaluate(model, tokens, reference=reference, batch_size=2, speed=False, kept=kept)
+        assert again == alone
+    assert len(calls) == (3 if room > 100 else 6)
