@@ -14,7 +14,7 @@ from llmkern.formats import FORMATS, WeightFormat
 from llmkern.formats.int4 import QuantFormat
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.heads import find_routers, is_head, shared_weights
-from llmkern.models.linears import find_linears, other_function, shape_of
+from llmkern.models.linears import find_linears, other_function, shape_of, uncalled_linears
 from llmkern.nn import is_packed, packed_class
 from llmkern.wire import record_formats
 
@@ -22,6 +22,9 @@ Format = WeightFormat
 Rule = Format | Mapping[str, Format | None]
 Factory = Callable[[str, nn.Module, Format], nn.Module]
 _T = TypeVar("_T")
+
+# Reasons that a refusal gives.
+_KINDS = 6
 
 
 @dataclass
@@ -76,9 +79,13 @@ def patch(
         A `PatchReport`.
 
     Raises:
-        ValueError: a pattern with a format matches no linear layer; a layer holds NaN or Inf (named).
+        ValueError: a pattern with a format matches no linear layer, or every layer would stay dense (it
+            says why), none being packed already; a layer holds NaN or Inf (named).
     """
     report = plan_patch(model, rule)
+    # A second time there is nothing left to do, and nothing wrong.
+    done = [name for name, module in model.named_modules() if is_packed(module)]
+    refuse_nothing("rule", [*report.replaced, *done], report.left, "quantize")
     made: dict[int, nn.Module] = {}
     for name, fmt in report.replaced.items():
         linear = model.get_submodule(name)
@@ -124,7 +131,11 @@ def choose_linears(
             f"{type(model).__name__}; layers are named like {next(iter(linears), 'none')!r}"
         )
     shared, routers = shared_weights(model), find_routers(model)
+    uncalled = uncalled_linears(model)
     for name, linear in linears.items():
+        if id(linear) in uncalled:
+            report._leave(name, "nn.MultiheadAttention reads its weight", unexpected=False)
+            continue
         winner = winning_pattern(rules, name)
         fmt = None if winner is None else rules[winner]
         reason, unexpected = _reason_to_leave(name, linear, winner, fmt is None, shared, routers)
@@ -166,6 +177,35 @@ def expand_packed(model: nn.Module) -> list[str]:
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del model.config.quantization_config  # type: ignore[union-attr]
     return list(packed)
+
+
+def refuse_nothing(
+    argument: str, plan: Collection[str], left: Mapping[str, str], what: str
+) -> None:
+    """Refuse work that would leave every layer as it is.
+
+    Args:
+        argument: to be named, "model" or "rule".
+        plan: names of the layers that will be changed.
+        left: why each other layer will not, by name.
+        what: would be done to them, for the message: "quantize".
+
+    Raises:
+        ValueError: there is nothing in `plan`; says what was seen, and why it is left.
+    """
+    if plan:
+        return
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        by_reason.setdefault(reason, []).append(name)
+    kinds = [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in list(by_reason.items())[:_KINDS]
+    ]
+    seen = "; ".join(kinds) or "no linear layer"
+    if len(by_reason) > _KINDS:
+        seen += f" and {len(by_reason) - _KINDS} other reasons"
+    raise ValueError(f"{argument}: got no layer to {what}, expected some: {seen}")
 
 
 def warn_dense(what: str, left: Mapping[str, str]) -> None:

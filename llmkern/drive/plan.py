@@ -11,7 +11,7 @@ from torch import nn
 from llmkern._dtypes import FLOATS, overflow_hint
 from llmkern.models import block_linears, find_blocks
 from llmkern.models.linears import shape_of
-from llmkern.patch import choose_linears, unmatched, warn_dense, winning_pattern
+from llmkern.patch import choose_linears, refuse_nothing, unmatched, warn_dense, winning_pattern
 
 _T = TypeVar("_T")
 
@@ -42,8 +42,9 @@ def plan_layers(
         What each layer gets, in the order of definition, and why the others get nothing.
 
     Raises:
-        ValueError: no dense linear in the blocks, a pattern that matches none of them, whatever
-            `check` raises, a weight without data, of another dtype, or with NaN or Inf (named).
+        ValueError: no linear in the blocks that would be changed (it says why), a pattern that
+            matches none of them, whatever `check` raises, a weight without data, of another dtype, or
+            with NaN or Inf (named).
 
     Warns:
         UserWarning: matrices that the rules ask for and that no linear holds (experts).
@@ -54,9 +55,7 @@ def plan_layers(
         for prefix, block in blocks.items()
         for name, linear in block_linears(block).items()
     }
-    if not inside:
-        raise ValueError(f"model: got no dense linear in {blocks.name}, expected some to {what}")
-    for pattern in unmatched([p for p in rules if p != "*"], inside):
+    for pattern in unmatched([p for p in rules if p != "*"], inside) if inside else ():
         raise ValueError(
             f"rules: got {pattern!r}, which matches no linear in {blocks.name}; they are named like "
             f"{next(iter(inside))!r}"
@@ -82,21 +81,9 @@ def plan_layers(
             plan[name] = asked[name][1]
         else:
             left[name] = f"outside the decoder blocks ({blocks.name})"
-    if not plan:
-        raise ValueError(f"model: got no layer to {what}, expected some: {_reasons(left, inside)}")
+    refuse_nothing("model", plan, left, what)
     warn_dense(what, {name: left[name] for name in choice.unexpected})
     return plan, left
-
-
-def _reasons(left: Mapping[str, str], inside: Mapping[str, nn.Module]) -> str:
-    """Why the linears of the blocks are left, one example per reason."""
-    names: dict[str, list[str]] = {}
-    for name in inside:
-        names.setdefault(left[name], []).append(name)
-    return "; ".join(
-        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}"
-        for reason, found in names.items()
-    )
 
 
 def check_values(name: str, linear: nn.Module) -> None:

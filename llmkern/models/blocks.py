@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.models.linears import find_linears
+from llmkern.models.linears import find_linears, uncalled_linears
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ def block_linears(block: nn.Module) -> dict[str, nn.Module]:
     ones, which hold no weight parameter, and the projections that `nn.MultiheadAttention` reads
     without calling them.
     """
-    attentions = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
-    uncalled = {id(child) for attention in attentions for child in attention.modules()}
+    uncalled = uncalled_linears(block)
     return {
         name: module
         for name, module in find_linears(block).items()

@@ -6,11 +6,16 @@ transformers' `Conv1D` (GPT-2) keeps its weight transposed. Everything here spea
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmkern._dtypes import FLOATS
+
+# In and out features on which an unknown class is tried.
+_PROBE = (16, 8)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -24,51 +29,64 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def uncalled_linears(model: nn.Module) -> set[int]:
+    """Ids of the linears whose weights `nn.MultiheadAttention` reads without calling them."""
+    attentions = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    return {id(child) for attention in attentions for child in attention.modules()}
+
+
 def other_function(linear: nn.Module) -> str | None:
-    """Why a dense linear is something else than x @ wᵀ + bias, or None.
+    """Why a dense linear is another function than x @ wᵀ + bias of what it holds; None where it is that.
 
-    Models have subclasses of nn.Linear with a forward of their own. Some spell the same product in
-    another way, which shows when it is run; others route, group or scale.
+    A subclass with a forward of its own is tried on random numbers, in both modes.
     """
-    kind: Any = type(linear)
-    if is_conv1d(linear) or kind.forward is nn.Linear.forward:
+    if is_conv1d(linear):
         return None
-    why = f"of class {kind.__name__}, which computes something else than nn.Linear"
+    own = {**dict(linear.named_parameters()), **dict(linear.named_buffers())}
+    more = [name for name in own if name not in ("weight", "bias")]
+    what = f"of class {type(linear).__name__}"
+    if more:
+        return f"{what}, which holds {more[0]} beside its weight"
+    if type(linear).forward is nn.Linear.forward:
+        return None
     weight = linear._parameters.get("weight")
-    if weight is None or not _spells_linear(kind):
-        return why
-    if weight.is_meta:
-        return None
-    return None if _is_product(linear) else why
+    if weight is None or weight.dtype not in FLOATS:
+        return f"{what}, whose weight is no matrix of floats"
+    with torch.device("cpu"):  # whatever a skeleton is built on
+        same = all(_computes_the_product(linear, weight.dtype, mode) for mode in (False, True))
+    return None if same else f"{what}, which computes something else than nn.Linear"
 
 
-@cache
-def _spells_linear(kind: Any) -> bool:
-    """Whether a small layer of this class is a plain product."""
+def _computes_the_product(linear: nn.Module, dtype: torch.dtype, training: bool) -> bool:
+    """Whether a module of its class and settings with small random parameters does as nn.Linear."""
+    K, N = _PROBE
+    noise = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise).to(dtype)
+
+    tried = type(linear).__new__(type(linear))
+    bias = random(N) if linear._parameters.get("bias") is not None else None
+    weight = random(N, K)
+    parameters = {
+        "weight": nn.Parameter(weight, False),
+        "bias": None if bias is None else nn.Parameter(bias, False),
+    }
+    tried.__dict__.update(linear.__dict__, _parameters=parameters, training=training)
+    tried.__dict__.update(in_features=K, out_features=N)
+    # Rows of very different size tell where something is clamped.
+    x = random(2, 3, K) * torch.tensor([0.01, 1.0, 100.0], dtype=dtype)[:, None]
+    wanted = F.linear(x, weight, bias)
     try:
-        return _is_product(kind(8, 4))
-    except Exception:  # of its own constructor, or of a forward that wants other arguments
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            got = type(linear).forward(tried, x.clone())
+    except Exception:  # any error of foreign code says that it needs something else
         return False
-
-
-def _is_product(linear: nn.Module) -> bool:
-    weight = linear.get_parameter("weight")
-    x = (
-        torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device)
-        .to(weight.dtype)
-        .view(2, -1)
-    )
-    try:
-        with torch.no_grad():
-            y = linear(x)
-            want = nn.functional.linear(x, weight, linear._parameters.get("bias"))
-    except Exception:
+    if not isinstance(got, Tensor) or got.shape != wanted.shape or got.dtype != dtype:
         return False
-    if not isinstance(y, Tensor) or y.shape != want.shape or y.dtype != want.dtype:
-        return False
-    return bool(
-        torch.allclose(y.float(), want.float(), rtol=0.02, atol=0.02 * float(want.abs().max()))
-    )
+    size = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    error = (got.double() - wanted.double()).abs()
+    return bool((error <= math.sqrt(K) * torch.finfo(dtype).eps * size.double()).all())
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
