@@ -6,13 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from llmkern.models.experts import expert_counts, find_expert_matrices
 from llmkern.models.linears import find_linears, shape_of
 
 # Last components of the names of layers that decide which expert or class wins: tiny, and sensitive.
 _HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 _ROUTERS = ("gate", "router", "shared_expert_gate", "gating", "wg", "gate_network")
-# What configs call the number of experts.
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Narrower linears route or scale; as packed layers they would save nothing.
 _SMALLEST = 16
 
@@ -30,31 +29,57 @@ def is_router(name: str) -> bool:
 def find_routers(model: nn.Module) -> dict[str, str]:
     """Linears that choose or scale, by full name, and what they are.
 
-    By name; by shape, an output per expert beside a module of experts; and any that is narrower than 16.
+    By name; by place, an output per expert beside the experts; and any that is narrower than 16.
     """
-    counts = _expert_counts(getattr(model, "config", None))
-    beside = {
-        name.rpartition(".")[0]
-        for name, _ in model.named_modules()
-        if "expert" in name.rpartition(".")[2]
-    }
-    found = {}
-    for name, linear in find_linears(model).items():
+    linears, found = find_linears(model), {}
+    placed = _routers_by_place(model, linears)
+    for name, linear in linears.items():
         N, K = shape_of(linear)
-        if is_router(name) or (N in counts and name.rpartition(".")[0] in beside):
+        if name in placed or (is_router(name) and not _is_half_of_a_glu(name, linears)):
             found[name] = "a router"
         elif min(N, K) < _SMALLEST:
             found[name] = f"only {N} x {K}"
     return found
 
 
-def _expert_counts(config: Any) -> set[int]:
-    """The numbers of experts in a config and the ones nested in it."""
-    nested = (
-        [v for v in vars(config).values() if hasattr(v, "to_dict")] if config is not None else []
+def _is_half_of_a_glu(name: str, linears: dict[str, nn.Module]) -> bool:
+    """Whether another linear beside it has its shape, as `up` beside a `gate` of neurons."""
+    parent, shape = name.rpartition(".")[0], shape_of(linears[name])
+    return shape[0] >= _SMALLEST and any(
+        other != name and other.rpartition(".")[0] == parent and shape_of(linear) == shape
+        for other, linear in linears.items()
     )
-    own = {getattr(config, key, None) for key in _COUNTS}
-    return {n for n in own if isinstance(n, int) and n > 1}.union(*map(_expert_counts, nested))
+
+
+def _routers_by_place(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+    """Linears with an out feature for each expert, in the module around these, or alone in a part."""
+    counts = expert_counts(model)
+    if not counts:
+        return set()
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.ModuleDict)}
+    stacks = set(find_expert_matrices(model))
+    for name, modules in lists.items():
+        in_block = any(name.startswith(f"{other}.") for other in lists)
+        if in_block and len(modules) in counts:
+            stacks.add(name)
+    around = {name.rpartition(".")[0] for name in stacks}
+    # A module of nothing but them counts as one of them (DBRX: ffn.experts.mlp).
+    around |= {name.rpartition(".")[0] for name in around if _has_one_part(model, name)}
+    around.discard("")
+    found = set()
+    for name, linear in linears.items():
+        inside = any(name.startswith(f"{stack}.") for stack in stacks)
+        if shape_of(linear)[0] not in counts or inside:
+            continue
+        parent = name.rpartition(".")[0]
+        alone = _has_one_part(model, parent)
+        if parent in around or (alone and parent.rpartition(".")[0] in around):
+            found.add(name)
+    return found
+
+
+def _has_one_part(model: nn.Module, name: str) -> bool:
+    return len(list(model.get_submodule(name).children())) == 1
 
 
 def tied_embedding(model: Any) -> nn.Parameter | None:
