@@ -17,7 +17,7 @@ from llmkern.models.linears import is_conv1d
 from llmkern.nn import Lut4Linear, PackedLinear
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
-from llmkern.wire.conversions import empty_model, odd_classes, rebuilt, renamed_leaf
+from llmkern.wire.conversions import empty_model, odd_classes, rebuilt
 from llmkern.wire.pending import fill_pending, leave_pending
 from llmkern.wire.replace import like
 
@@ -80,18 +80,24 @@ class Bitsandbytes(Wire):
         }
 
     def unread(self, model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> str | None:
-        """transformers packs plain linears only (and Conv1D), and packs subclasses that were not."""
+        """transformers packs plain linears and Conv1D only; some blocks are read wrong on a CPU."""
         skeleton = empty_model(model)
         kinds = odd_classes(skeleton, layers)
         odd = {name: module for name, module in kinds.items() if not is_conv1d(module)}
         why = [f"{name} is a packed {type(module).__name__}" for name, module in odd.items()][:1]
         experts = rebuilt(model, self.name)
         why += [] if experts is None else [f"{experts} holds dense MoE experts"]
-        leaf = None if why else renamed_leaf(skeleton, layers)
-        why += [] if leaf is None else [f"{leaf} has another name in files"]
-        if not why:
-            return None
-        return f"{' and '.join(why)}, which transformers with bitsandbytes does not read"
+        if why:
+            return f"{' and '.join(why)}, which transformers with bitsandbytes does not read"
+        # On a CPU, bitsandbytes 0.50 does not get back what it packed itself in such blocks.
+        sizes = {name: cast(Lut4Linear, layer).block_size for name, layer in layers.items()}
+        for name, size in sizes.items():
+            if layers[name].in_features % size:
+                return (
+                    f"{name} has K = {layers[name].in_features}, no multiple of its blocks of {size}, "
+                    "which bitsandbytes reads wrong on a CPU"
+                )
+        return None
 
     def leave_dense(self, entry: dict[str, Any], name: str) -> None:
         """One module more to skip."""

@@ -18,35 +18,33 @@ def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]
     """The module that each linear of a file belongs to, by its name there.
 
     Files keep the names of older releases: `language_model.model.layers` is `model.language_model.layers`
-    in a model of today.
+    in a model of today. Those of a base model lack the prefix that the model around it adds.
+
+    Raises:
+        ValueError: a weight that the model holds as a part of another (named): packed ones cannot be put
+            together.
     """
     # transformers is imported where it is needed: `import llmkern` brings torch only.
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    known: Any = dict.fromkeys(f"{name}.weight" for name, _ in model.named_modules())
-    found = {}
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    known, found = model.state_dict(), {}
     for name in names:
         key, prefix = f"{name}.weight", model.base_model_prefix
-        renamed, _ = rename_source_key(key, renamings, [], prefix, known)
+        renamed, part = rename_source_key(key, renamings, converters, prefix, known)
         if renamed not in known and key in known:
-            renamed = key
-        found[name] = renamed.removesuffix(".weight")
+            renamed, part = key, None
+        here = renamed.removesuffix(".weight")
+        if part is not None:
+            raise ValueError(
+                f"{name}: got a packed weight, expected a dense one: {type(model).__name__} holds it as "
+                f"a part of {here}"
+            )
+        found[name] = here
     return found
-
-
-def renamed_leaf(skeleton: PreTrainedModel, names: Iterable[str]) -> str | None:
-    """The first of these linears whose own name, not only its path, is another one in files."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    for name in names:
-        key = f"{name}.weight"
-        written = revert_weight_conversion(skeleton, {key: skeleton.get_parameter(key)})
-        if any(leaf.split(".")[-2:] != key.split(".")[-2:] for leaf in written):
-            return name
-    return None
 
 
 def merged(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
@@ -77,10 +75,11 @@ def initialised(skeleton: PreTrainedModel, names: Iterable[str]) -> str | None:
 
     transformers calls that method on every module after loading, packed linears of others among them.
     """
-    odd = _tripping(skeleton)  # over something else, without data
-    for name in names:
-        skeleton.get_submodule(name)._parameters.pop("weight", None)
-    return next((name for name in _tripping(skeleton) if name not in odd), None)
+    with torch.random.fork_rng(devices=[]):
+        odd = _tripping(skeleton)  # over something else, without data
+        for name in names:
+            skeleton.get_submodule(name)._parameters.pop("weight", None)
+        return next((name for name in _tripping(skeleton) if name not in odd), None)
 
 
 def _tripping(skeleton: PreTrainedModel) -> list[str]:
