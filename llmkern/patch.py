@@ -12,6 +12,7 @@ from torch import nn
 
 from llmkern.formats import FORMATS, WeightFormat
 from llmkern.formats.int4 import QuantFormat
+from llmkern.models import left_share
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.heads import find_routers, is_head, shared_weights
 from llmkern.models.linears import find_linears, other_function, shape_of, uncalled_linears
@@ -48,9 +49,13 @@ class LinearChoice(Generic[_T]):
             self.unexpected.append(name)
 
 
+@dataclass
 class PatchReport(LinearChoice[Format]):
     """What `patch` did: `replaced` holds the format of every replaced module, `left` why the others
-    stay dense, `unexpected` which of those the rule asked to quantize."""
+    stay dense, `unexpected` which of those the rule asked to quantize; `share` how much of the model
+    stays as it was."""
+
+    share: str = ""
 
 
 def patch(
@@ -94,7 +99,8 @@ def patch(
         model.set_submodule(name, made[id(linear)])
     if report.replaced:
         record_formats(model)
-    warn_dense("patch", {name: report.left[name] for name in report.unexpected})
+    report.share = left_share(model, ())
+    warn_dense("patch", {name: report.left[name] for name in report.unexpected}, report.share)
     return report
 
 
@@ -208,11 +214,18 @@ def refuse_nothing(
     raise ValueError(f"{argument}: got no layer to {what}, expected some: {seen}")
 
 
-def warn_dense(what: str, left: Mapping[str, str]) -> None:
-    """One warning that lists modules which stay dense against the caller's wish, and why."""
+def warn_dense(what: str, left: Mapping[str, str], share: str = "") -> None:
+    """One warning that lists modules which stay dense against the caller's wish, and why.
+
+    Args:
+        what: the verb.
+        left: the reason by the module's name.
+        share: how much of the model that is, for a last line.
+    """
     if left:
         lines = "".join(f"\n  {name}: {reason}" for name, reason in left.items())
-        warnings.warn(f"{what}: {len(left)} modules stay dense:{lines}", stacklevel=3)
+        last = f"\n  {share}" if share else ""
+        warnings.warn(f"{what}: {len(left)} modules stay dense:{lines}{last}", stacklevel=3)
 
 
 def _reason_to_leave(

@@ -88,10 +88,12 @@ def open_model(
     model: Any = llmkern.load(model_dir, dtype=parse_dtype(dtype) or "auto")
     if sparse:
         from llmkern.hf import accelerate_sparse
+        from llmkern.models import left_share
 
         found = accelerate_sparse(model)
         if found:
             notes.print(f"{model_dir}: {found}; --dense turns this off", highlight=False)
+            notes.print(f"{model_dir}: {left_share(model, ())}", highlight=False)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

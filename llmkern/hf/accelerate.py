@@ -8,6 +8,7 @@ from torch import nn
 
 from llmkern.hf._foreign import release
 from llmkern.hf._sparse24 import accelerate_sparse
+from llmkern.models import left_share
 from llmkern.nn import is_packed, prepare
 from llmkern.patch import warn_dense
 from llmkern.wire import WIRES
@@ -52,7 +53,7 @@ def accelerate(model: Model) -> Model:
     if taken is not None:
         if taken.complete:
             release(model)
-        warn_dense("accelerate", taken.left)
+        warn_dense("accelerate", taken.left, left_share(model, ()))
     ours = any(is_packed(module) for module in model.modules())
     if not accelerate_sparse(model) and taken is None and not ours:
         kinds = ", ".join(wire.takes for wire in WIRES if wire.takes is not None)

@@ -306,6 +306,8 @@ class _Run:
         self.say(f"stage {index} of {len(self.stages)}: {stage.label}")
         with PeakMemory(self.origin.device) as peak:
             context, driver, seconds = self._drive(index, stage)
+        for said in driver.get("notes", ()):
+            self.say(f"stage {index} of {len(self.stages)}: {said}")
         with self.where.writing(name) as partial:
             self.say(f"stage {index} of {len(self.stages)}: saving and measuring")
             save(context.model, partial, context.tokenizer, source=context.source)

@@ -50,6 +50,7 @@ def test_command_compresses_and_reports(compress, recipe, model_dir, tokens, hel
     )
     assert result.returncode == 0, result.stderr
     assert "stage 1 of 2: prune magnitude 50 %" in result.stderr
+    assert "stay as they were: embeddings" in result.stderr
     assert "stage 2 of 2: quantize gptq 4 bits" in result.stderr
     for text in ("original", "quantize gptq 4 bits", "saved to", "report.html"):
         assert text in result.stdout

@@ -172,3 +172,13 @@ def test_a_pattern_that_names_a_router_gets_it() -> None:
     model = Model("stack")
     report = llmkern.patch(model, {"layers.0.mlp.chooses": QuantFormat(4, 32)})
     assert list(report.replaced) == ["layers.0.mlp.chooses"]
+
+
+def test_the_share_that_stays_dense_is_said() -> None:
+    total = 96 * 64 * 2 + 9 * 64
+    report = llmkern.patch(ARCHITECTURES["Llama"].model(), QuantFormat(4, 32))
+    assert report.share.startswith(f"{total:,} of 0.2 M parameters (")
+    assert "embeddings 6,144, head 6,144, norms" in report.share
+    model = ARCHITECTURES["Mixtral"].model()
+    with pytest.warns(UserWarning, match=r"stay dense:(.|\n)*stay as they were: experts 0.4 M"):
+        llmkern.patch(model, QuantFormat(4, 32))
