@@ -15,7 +15,13 @@ from llmkern.formats.int4 import QuantFormat
 from llmkern.models import left_share
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.heads import find_routers, is_head, shared_weights
-from llmkern.models.linears import find_linears, other_function, shape_of, uncalled_linears
+from llmkern.models.linears import (
+    find_linears,
+    other_function,
+    restore_conv1d,
+    shape_of,
+    uncalled_linears,
+)
 from llmkern.nn import is_packed, packed_class
 from llmkern.wire import record_formats
 
@@ -180,6 +186,7 @@ def expand_packed(model: nn.Module) -> list[str]:
     packed = {n: m for n, m in model.named_modules() if is_packed(m)}
     for name, module in packed.items():
         model.set_submodule(name, module.to_linear())
+    restore_conv1d(model)
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del model.config.quantization_config  # type: ignore[union-attr]
     return list(packed)

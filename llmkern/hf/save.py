@@ -18,6 +18,7 @@ from llmkern._files import check_space, check_writable, sync_entry, sync_tree
 from llmkern.hf._beside import carry_over
 from llmkern.hf._foreign import release_dense
 from llmkern.masks import forget_filled
+from llmkern.models.linears import restore_conv1d
 from llmkern.nn import PackedLinear, is_packed
 from llmkern.wire import WIRES, packed_layers, use_wire, writing_wire
 from llmkern.wire.checkpoint_files import CONFIG
@@ -83,6 +84,7 @@ def save(
     target = Path(directory).expanduser().resolve()
     check_target(target, overwrite)
     release_dense(model)
+    restore_conv1d(model)
     for spoilt in (wire.spoilt(model) for wire in WIRES):
         if spoilt is not None:
             raise ValueError(spoilt)

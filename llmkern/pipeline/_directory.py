@@ -122,9 +122,7 @@ class RunDirectory:
         """A new directory that becomes the stage's when the block ends well; its state goes then."""
         with replacing(self.stage(name)) as partial:
             yield partial
-        shutil.rmtree(self.state(name), ignore_errors=True)
-        if self._state.is_dir() and not any(self._state.iterdir()):
-            self._state.rmdir()
+        self._drop_state(name)
 
     def stage(self, name: str) -> Path:
         """The model directory of a stage."""
@@ -167,6 +165,15 @@ class RunDirectory:
                         shutil.rmtree(path)
                     else:
                         path.unlink()
+        # Killed between the last two steps of `writing`.
+        for state in list(self._state.iterdir()) if self._state.is_dir() else ():
+            if self._record_file(state.name).is_file():
+                self._drop_state(state.name)
+
+    def _drop_state(self, name: str) -> None:
+        shutil.rmtree(self.state(name), ignore_errors=True)
+        if self._state.is_dir() and not any(self._state.iterdir()):
+            self._state.rmdir()
 
 
 def _entry(record: StageRecord, notes: list[str], about: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from llmkern.models.heads import is_head, is_router, shared_weights
 from llmkern.models.linears import (
     dense_weight,
     find_linears,
+    is_conv1d,
     is_linear,
     keep_columns,
     keep_rows,
@@ -20,6 +21,8 @@ from llmkern.models.linears import (
     weight_rows,
     write_weight,
 )
+from llmkern.patch import expand_packed
+from tests.helpers.tiny_models import tiny
 
 
 def conv1d(N: int, K: int) -> nn.Module:
@@ -95,3 +98,28 @@ def test_stacked_matrices_are_found_and_convolutions_are_not() -> None:
     assert find_expert_matrices(model) == {
         "experts": "its matrices are held in 3-D parameters (up [2, 3, 4])"
     }
+
+
+def test_an_expanded_conv1d_is_written_as_one(tmp_path):
+    model = tiny("gpt2", seed=0, std=0.1)
+    llmkern.quantize(model, "rtn", group_size=32)
+    ids = torch.arange(12)[None]
+    wanted = model(ids).logits
+    expand_packed(model)
+    block = model.transformer.h[0]
+    assert is_conv1d(block.attn.c_proj)  # square: its shape would not tell
+    torch.testing.assert_close(model(ids).logits, wanted)
+    llmkern.save(model, tmp_path / "expanded")
+    torch.testing.assert_close(llmkern.load(tmp_path / "expanded")(ids).logits, wanted)
+
+
+def test_a_packed_conv1d_that_was_written_to_is_saved_as_one(tmp_path):
+    model = tiny("gpt2", seed=0, std=0.1)
+    llmkern.quantize(model, "rtn", group_size=32)
+    ids = torch.arange(12)[None]
+    layer = model.transformer.h[0].attn.c_proj
+    with pytest.warns(UserWarning, match="dense"):
+        layer.weight.data += 0.25
+    wanted = model(ids).logits
+    llmkern.save(model, tmp_path / "merged")
+    torch.testing.assert_close(llmkern.load(tmp_path / "merged")(ids).logits, wanted)
