@@ -80,12 +80,12 @@ def evaluate(
     batch_size: int = 4,
     speed: bool = True,
     compute_dtype: str = "auto",
-    kept: dict[int, Tensor] | None = None,
+    kept: dict[bytes, Tensor] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Measure `model` on `data`.
 
-    The reference's logits are computed batch by batch and never kept.
+    The reference's logits are computed batch by batch, and kept only where `kept` asks for it.
 
     Args:
         model: a causal language model, compressed or not.
@@ -100,8 +100,8 @@ def evaluate(
         speed: measure prefill and decoding too, in the model's own dtype.
         compute_dtype: that logits are computed in; "auto": float32 where the processor multiplies the
             model's own dtype slowly and there is memory for a copy, else its own.
-        kept: the reference's logits by batch, read and filled as far as memory allows: for several models
-            on the same windows. The caller drops it.
+        kept: the reference's logits by the bytes of the tokens, read and filled as far as memory allows:
+            for several models beside one reference. The caller drops it.
         progress: say on standard error how far it is.
 
     Raises:
@@ -133,10 +133,10 @@ def evaluate(
             computing_in(models[-1], dtypes[-1]),
             Bar("evaluate", len(batches), "batch", shown=progress) as bar,
         ):
-            for index, batch in enumerate(batches):
+            for batch in batches:
                 logits, other = next_token_logits(model, batch), None
                 if reference is not None:
-                    other = _logits_of_reference(reference, batch, index, len(batches), kept)
+                    other = _logits_of_reference(reference, batch, len(batches), kept)
                 totals += _score(logits, batch, shared, other)
                 bar.update()
         rates = speeds(model, windows[:1]) if speed else (None, None)
@@ -181,14 +181,17 @@ def _sharing(windows: Tensor, tokenizers: tuple[Any, Any]) -> Callable[[int, int
 
 
 def _logits_of_reference(
-    reference: nn.Module, batch: Tensor, index: int, batches: int, kept: dict[int, Tensor] | None
+    reference: nn.Module, batch: Tensor, batches: int, kept: dict[bytes, Tensor] | None
 ) -> Tensor:
     """`next_token_logits`, computed once where there is room for those of all batches."""
-    if kept is not None and index in kept:
-        return kept[index]
+    if kept is None:
+        return next_token_logits(reference, batch)
+    key = batch.cpu().numpy().tobytes()
+    if key in kept:
+        return kept[key]
     logits = next_token_logits(reference, batch)
-    if kept is not None and batches * logits.nbytes < _KEPT:
-        kept[index] = logits.cpu()
+    if batches * logits.nbytes < _KEPT:
+        kept[key] = logits.cpu()
     return logits
 
 

@@ -180,7 +180,7 @@ class _Comparison:
             for name, source in sources.items()
         )
         self._windows = held_out[: settings.windows]
-        self._reference_logits: dict[int, Tensor] = {}
+        self._reference_logits: dict[bytes, Tensor] = {}
         self.report = PipelineReport(
             title=f"Methods compared on {Path(settings.name).name or settings.name}",
             command=settings.command,

@@ -29,7 +29,7 @@ def measure(
     prompts: Sequence[str] = (),
     speed: bool = True,
     batch_size: int = 4,
-    kept: dict[int, Tensor] | None = None,
+    kept: dict[bytes, Tensor] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """The measured fields of a `StageRecord`.

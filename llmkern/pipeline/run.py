@@ -174,7 +174,7 @@ class _Run:
     options: RunOptions
     prompts: list[str] = field(default_factory=list)
     _read: dict[Any, Tensor] = field(default_factory=dict)
-    _reference_logits: dict[int, Tensor] = field(default_factory=dict)
+    _reference_logits: dict[bytes, Tensor] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Tell the user, if asked to."""

@@ -240,3 +240,11 @@ def test_the_reference_runs_once_for_several_models(
         again = evaluate(model, tokens, reference=reference, batch_size=2, speed=False, kept=kept)
         assert again == alone
     assert len(calls) == (3 if room > 100 else 6)
+
+
+def test_kept_logits_are_those_of_their_tokens(tokens: Tensor) -> None:
+    model, reference, kept = tiny(), tiny(), {}
+    settings = {"reference": reference, "batch_size": 2, "speed": False}
+    evaluate(model, tokens, kept=kept, **settings)
+    other = tokens.roll(1, 0)
+    assert evaluate(model, other, kept=kept, **settings) == evaluate(model, other, **settings)
