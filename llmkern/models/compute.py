@@ -60,7 +60,7 @@ def whole_dtypes(models: Sequence[nn.Module], asked: str = "auto") -> list[torch
     if asked == "auto":
         halves = sum(p.numel() for m in models for p in m.parameters() if p.dtype.itemsize == 2)
         if 4 * halves > psutil.virtual_memory().available // 2:
-            return [next(model.parameters()).dtype for model in models]
+            return [_own(model)[0] for model in models]
     return dtypes
 
 
@@ -127,9 +127,7 @@ def _is_native(dtype: torch.dtype) -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         if torch.backends.cpu.get_cpu_capability() != "AVX512":
             return False
-        name = (
-            "_is_avx512_bf16_supported" if dtype == torch.bfloat16 else "_is_avx512_fp16_supported"
-        )
+        name = "_is_avx512_bf16_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
         return bool(getattr(torch.cpu, name, bool)())
     known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
     return dtype == torch.bfloat16 and bool(known())
