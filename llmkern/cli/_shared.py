@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Annotated, Any, Protocol, cast
@@ -55,11 +56,6 @@ PROMPT = {
 }
 
 
-# Options that say nothing about the shapes that a method leaves.
-NOT_OF_SHAPES = (
-    *("calibration", "text_field", "samples", "seq_len", "seed", "batch_size"),
-    *("checkpoint", "resume"),
-)
 # Options that name a place in which a driver writes while it works.
 _DIRECTORIES = ("checkpoint", "log_dir")
 _PLACES = (*_DIRECTORIES, "answers")
@@ -151,6 +147,19 @@ def check_output(
         if place is not None:
             inside = name in _DIRECTORIES and Path(place).is_dir()
             check_writable(Path(place) / "new" if inside else Path(place), flag(name))
+
+
+def data_options() -> tuple[str, ...]:
+    """Names of the options that say what is calibrated on, and how."""
+    from llmkern.drive import DataOptions
+
+    return ("calibration", *(field.name for field in fields(DataOptions)))
+
+
+def shaping(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a driver's options that may say something about the shapes that it leaves."""
+    others = (*data_options(), "checkpoint", "resume")
+    return {name: value for name, value in options.items() if name not in others}
 
 
 def check_size(

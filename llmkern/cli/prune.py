@@ -12,7 +12,6 @@ from llmkern.cli import _options
 from llmkern.cli._shared import (
     CHECKPOINT,
     DATA,
-    NOT_OF_SHAPES,
     RESUME,
     SOURCE,
     Device,
@@ -25,6 +24,7 @@ from llmkern.cli._shared import (
     console,
     open_model,
     open_tokenizer,
+    shaping,
     write_model,
 )
 
@@ -78,8 +78,7 @@ def prune(
     check_output(output, overwrite, [model_dir], options)
     method = _verb().choose(options)
     rules = _rules(rule or [])
-    shaping = {name: value for name, value in options.items() if name not in NOT_OF_SHAPES}
-    stage = Prune(method.name, **shaping, **({"rules": rules} if rules else {}))
+    stage = Prune(method.name, **shaping(options), **({"rules": rules} if rules else {}))
     check_size(stage, model_dir, None, dtype, output)
     tokenizer = open_tokenizer(model_dir)
     model = open_model(model_dir, dtype, device)

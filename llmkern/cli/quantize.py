@@ -11,7 +11,6 @@ from llmkern.cli import _options
 from llmkern.cli._shared import (
     CHECKPOINT,
     DATA,
-    NOT_OF_SHAPES,
     RESUME,
     SOURCE,
     Device,
@@ -22,8 +21,10 @@ from llmkern.cli._shared import (
     check_output,
     check_size,
     console,
+    data_options,
     open_model,
     open_tokenizer,
+    shaping,
     write_model,
 )
 
@@ -98,8 +99,7 @@ def quantize(
     if options.get("group_size") == -1:
         options["group_size"] = None
     rules = _rules(options.pop("rule", ()), method, options)
-    shaping = {name: value for name, value in options.items() if name not in NOT_OF_SHAPES}
-    stage = Quantize(method.name, rules=rules, **shaping)
+    stage = Quantize(method.name, rules=rules, **shaping(options))
     check_size(stage, model_dir, None, dtype, output)
     tokenizer = open_tokenizer(model_dir)
     model = open_model(model_dir, dtype, device)
@@ -125,15 +125,7 @@ def _check_data(method: QuantizeMethod, given: dict[str, Any]) -> None:
     """Refuse data for a method that reads none."""
     if method.work.needs(_options.settings_of(method, given)).tokens:
         return
-    for name in (
-        "calibration",
-        "samples",
-        "seq_len",
-        "seed",
-        "batch_size",
-        "compute_dtype",
-        "text_field",
-    ):
+    for name in data_options():
         if name in given:
             raise ValueError(
                 f"{_options.flag(name)}: got {given[name]}, expected nothing: "
