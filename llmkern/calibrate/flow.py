@@ -325,10 +325,11 @@ def capture_inputs(
         if carried is not None:
             left[-1].setdefault(carried, None)
             return _Left(carried)
+        cast = value if dtype is None else cast_floats(value, dtype)
         if name in flow.changed:
-            left[-1].setdefault(name, value if dtype is None else cast_floats(value, dtype))
+            left[-1].setdefault(name, cast)
             return _Left(name)
-        return value if dtype is None else cast_floats(value, dtype)
+        return cast
 
     def identity(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -21,12 +21,7 @@ from torch import Tensor, nn
 
 from llmkern.calibrate.flow import HiddenStates, Reached, capture_inputs, find_flow
 from llmkern.calibrate.statistics import Statistic
-from llmkern.models import (
-    block_linears,
-    compute_dtype,
-    evaluation_mode,
-    find_blocks,
-)
+from llmkern.models import block_linears, compute_dtype, evaluation_mode, find_blocks
 
 _S = TypeVar("_S", bound=Statistic)
 
