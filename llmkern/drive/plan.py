@@ -61,26 +61,19 @@ def plan_layers(
             f"{next(iter(inside))!r}"
         )
     choice = choose_linears(model, rules, lambda wanted, shape: None)
-    asked = {}
-    for name, linear in inside.items():
-        if name not in choice.replaced:
-            continue
-        winner = winning_pattern(rules, name)
-        wanted = None if winner is None else rules[winner]
-        if wanted is not None and winner == "*" and fitted is not None:
-            wanted = fitted(wanted, *shape_of(linear))
-        if wanted is not None:
-            asked[name] = (shape_of(linear), wanted)
-    check(asked)
-    left = dict(choice.left)
-    plan = {}
-    for name in choice.replaced:
-        if name in inside:
-            if values:
-                check_values(name, inside[name])
-            plan[name] = asked[name][1]
-        else:
+    asked, left = {}, dict(choice.left)
+    for name, wanted in choice.replaced.items():
+        if name not in inside:
             left[name] = f"outside the decoder blocks ({blocks.name})"
+            continue
+        shape = shape_of(inside[name])
+        if fitted is not None and winning_pattern(rules, name) == "*":
+            wanted = fitted(wanted, *shape)
+        asked[name] = (shape, wanted)
+    check(asked)
+    for name in asked if values else ():
+        check_values(name, inside[name])
+    plan = {name: wanted for name, (_, wanted) in asked.items()}
     refuse_nothing("model", plan, left, what)
     warn_dense(what, {name: left[name] for name in choice.unexpected})
     return plan, left

@@ -27,7 +27,8 @@ from llmkern.models import (
     vocabulary_size,
 )
 from llmkern.models.experts import find_expert_matrices
-from llmkern.models.linears import shape_of
+from llmkern.models.linears import other_function, shape_of
+from llmkern.patch import by_reason, some
 
 F32 = 4  # bytes
 
@@ -192,16 +193,12 @@ class Findings:
         """One line per reason why modules stay as they are, with what they hold of the weights."""
         total = sum(p.numel() for p in model.parameters())
         experts = find_expert_matrices(model)
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in left.items():
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
+        for reason, names in by_reason(left).items():
             modules = [model.get_submodule(name) for name in names]
             held = sum(p.numel() for module in modules for p in module.parameters())
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            line = f"{names[0]}{more} ({held / total:.1%} of the weights) left as it is: {reason}"
+            line = f"{some(names)} ({held / total:.1%} of the weights) left as it is: {reason}"
             # The rules ask for these, and they cannot be had.
-            odd = names[0] in experts or "something else" in reason
+            odd = names[0] in experts or reason == other_function(modules[0])
             (self.warnings if odd else self.notes).append(line)
 
 

@@ -182,3 +182,37 @@ def test_the_share_that_stays_dense_is_said() -> None:
     model = ARCHITECTURES["Mixtral"].model()
     with pytest.warns(UserWarning, match=r"stay dense:(.|\n)*stay as they were: experts 0.4 M"):
         llmkern.patch(model, QuantFormat(4, 32))
+
+
+class Moe(nn.Module):
+    """An odd router, and experts in parameters."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.chooser = nn.Linear(64, 24, bias=False)
+        self.small = nn.Linear(64, 4)
+        self.experts = experts
+
+
+class Stacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.zeros(24 * 8, 64))  # one below the other
+        self.bias = nn.Parameter(torch.zeros(64))
+
+
+@pytest.mark.parametrize(
+    ("experts", "found"),
+    [
+        (Stacked(), "2-D parameters (w1 [192, 64])"),
+        (nn.ParameterList([torch.zeros(8, 64) for _ in range(24)]), "2-D parameters (0 [8, 64]"),
+        (nn.ParameterDict({"up": torch.zeros(24, 8, 64)}), "3-D parameters (up [24, 8, 64])"),
+    ],
+    ids=["stacked", "list", "three"],
+)
+def test_experts_and_routers_of_any_name_are_found(experts, found):
+    model = nn.Module()
+    model.config = type("Config", (), {"num_experts": 24})()
+    model.mlp = Moe(experts)
+    assert found in find_expert_matrices(model)["mlp.experts"]
+    assert find_routers(model) == {"mlp.chooser": "a router", "mlp.small": "only 4 x 64"}

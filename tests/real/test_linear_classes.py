@@ -15,6 +15,7 @@ from torch.nn.utils.prune import l1_unstructured
 
 import llmkern
 from llmkern import QuantFormat
+from llmkern.drive import Findings
 from llmkern.models.linears import is_linear, other_function
 
 
@@ -75,6 +76,15 @@ class Learned(nn.Linear):
         return super().forward(input) * self.scale
 
 
+class ScaledLater(nn.Linear):
+    """The same function as long as it has its first setting."""
+
+    scale = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * super().forward(input)
+
+
 def normed(*args: Any, **kwargs: Any) -> nn.Module:
     return nn.utils.parametrizations.weight_norm(nn.Linear(*args, **kwargs))
 
@@ -83,7 +93,7 @@ def masked(*args: Any, **kwargs: Any) -> nn.Module:
     return l1_unstructured(nn.Linear(*args, **kwargs), "weight", 0.5)
 
 
-SAME = (nn.Linear, Renamed, Separate, Traced)
+SAME = (nn.Linear, Renamed, Separate, Traced, ScaledLater)
 OTHER = {
     Scaled: "of class Scaled, which computes something else",
     Clamped: "of class Clamped, which computes something else",
@@ -134,6 +144,21 @@ def test_another_function_is_left_and_named(kind: Any) -> None:
     assert OTHER[kind] in report.dense[name]
     assert name not in [line.name for line in report.layers]
     assert model.get_submodule(name) is linear
+
+
+def test_the_settings_of_a_layer_count() -> None:
+    later = ScaledLater(64, 32)
+    later.scale = 3.0
+    assert "of class ScaledLater" in str(other_function(later))
+
+
+@pytest.mark.parametrize("kind", OTHER, ids=kind_name)
+def test_a_dry_run_warns_of_another_function(kind: Any) -> None:
+    model = with_class(kind, torch.bfloat16)
+    name, found = "model.layers.0.mlp.up_proj", Findings()
+    found.left_alone(model, {name: str(other_function(model.get_submodule(name)))})
+    assert len(found.warnings) == 1
+    assert not found.notes
 
 
 def test_every_class_of_transformers_that_is_a_linear_is_known() -> None:
