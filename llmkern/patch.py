@@ -13,12 +13,12 @@ from torch import nn
 from llmkern.formats import FORMATS, WeightFormat
 from llmkern.formats.int4 import QuantFormat
 from llmkern.models import left_share
+from llmkern.models.conv1d import restore_conv1d
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.heads import find_routers, is_head, shared_weights
 from llmkern.models.linears import (
     find_linears,
     other_function,
-    restore_conv1d,
     shape_of,
     uncalled_linears,
 )

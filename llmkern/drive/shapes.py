@@ -20,9 +20,8 @@ from llmkern.calibrate.stepwise import held_per_token, room
 from llmkern.formats import WeightFormat
 from llmkern.models import (
     block_linears,
-    changed_config,
+    empty_like,
     find_blocks,
-    skeleton,
     text_config,
     vocabulary_size,
 )
@@ -204,5 +203,5 @@ class Findings:
 
 def fresh(model: nn.Module) -> nn.Module:
     """A model without data like `model`, whose blocks may be taken out."""
-    made = skeleton(model, changed_config(model.config, {}))
-    return made.to(next(model.parameters()).dtype)
+    made: nn.Module = empty_like(model).to(next(model.parameters()).dtype)
+    return made

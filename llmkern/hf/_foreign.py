@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmkern.models import changed_config, skeleton, text_config
+from llmkern.models import empty_like, text_config
 from llmkern.nn import is_packed
 from llmkern.wire import record_formats
 
@@ -45,7 +45,7 @@ def _is_dense(model: nn.Module) -> bool:
     """Whether all but packed layers holds plain numbers under the names of the model's class."""
     ours = {name for name, module in model.named_modules() if is_packed(module)}
     held = {name for name, _ in model.named_parameters()}
-    for name, _ in skeleton(model, changed_config(model.config, {})).named_parameters():
+    for name, _ in empty_like(model).named_parameters():
         if name not in held and name.rpartition(".")[0] not in ours:
             return False
     others = (module for module in model.modules() if not is_packed(module))

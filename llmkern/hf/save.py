@@ -18,7 +18,7 @@ from llmkern._files import check_space, check_writable, sync_entry, sync_tree
 from llmkern.hf._beside import carry_over
 from llmkern.hf._foreign import release_dense
 from llmkern.masks import forget_filled
-from llmkern.models.linears import restore_conv1d
+from llmkern.models.conv1d import as_built
 from llmkern.nn import PackedLinear, is_packed
 from llmkern.wire import WIRES, packed_layers, use_wire, writing_wire
 from llmkern.wire.checkpoint_files import CONFIG
@@ -84,7 +84,6 @@ def save(
     target = Path(directory).expanduser().resolve()
     check_target(target, overwrite)
     release_dense(model)
-    restore_conv1d(model)
     for spoilt in (wire.spoilt(model) for wire in WIRES):
         if spoilt is not None:
             raise ValueError(spoilt)
@@ -94,7 +93,7 @@ def save(
         _choose_form(model, layers, format)
     elif getattr(model, "hf_quantizer", None) is None:
         use_wire(model, None)  # no layer is packed any more
-    with ExitStack() as stack, replacing(target) as partial:
+    with ExitStack() as stack, replacing(target) as partial, as_built(model):
         for layer in layers.values():
             # The tensors to be written take the kernel layout's place instead of lying beside it.
             stack.enter_context(layer.canonical())

@@ -27,6 +27,7 @@ from llmkern.models.reload import check_reload
 from llmkern.models.resize import (
     adopt_settings,
     changed_config,
+    empty_like,
     head_counts,
     keep_units,
     resize_blocks,
@@ -58,6 +59,7 @@ __all__ = [
     "compute_note",
     "computing_in",
     "context_length",
+    "empty_like",
     "evaluation_mode",
     "find_blocks",
     "find_sources",

@@ -7,7 +7,6 @@ transformers' `Conv1D` (GPT-2) keeps its weight transposed. Everything here spea
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from torch import Tensor, nn
@@ -94,35 +93,6 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that multiplies by a matrix, by its full name; a shared one under each name."""
     named = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in named if is_linear(module)}
-
-
-def restore_conv1d(model: nn.Module) -> list[str]:
-    """Make a Conv1D of every dense nn.Linear that stands where the model's class has one, in place.
-
-    A packed Conv1D that is expanded is an nn.Linear of the same function, whose weight a file would hold
-    the other way round.
-
-    Returns:
-        The full names of the layers.
-    """
-    kind = getattr(sys.modules.get(type(model).__module__), "Conv1D", None)
-    if kind is None:
-        return []
-    with torch.device("meta"):
-        skeleton = type(model)(model.config)
-    modules, found = dict(model.named_modules()), []
-    for name, module in skeleton.named_modules():
-        linear = modules.get(name)
-        if not is_conv1d(module) or type(linear) is not nn.Linear:
-            continue
-        with torch.device("meta"):
-            conv = kind(linear.out_features, linear.in_features)
-        weight = linear.weight.detach().t().contiguous()
-        conv.weight = nn.Parameter(weight, linear.weight.requires_grad)
-        conv.bias = linear.bias
-        model.set_submodule(name, conv.train(linear.training))
-        found.append(name)
-    return found
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:

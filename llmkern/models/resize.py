@@ -123,6 +123,11 @@ def skeleton(model: nn.Module, config: Any) -> nn.Module:
     return made
 
 
+def empty_like(model: nn.Module) -> Any:
+    """A dense model of the same class and config, without data."""
+    return skeleton(model, changed_config(model.config, {}))
+
+
 def unit_overrides(
     model: nn.Module, units: Units, count: int, *, name: str = "", index: int = 0
 ) -> dict[str, Any]:

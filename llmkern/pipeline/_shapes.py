@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from llmkern._dtypes import FLOATS_BY_NAME
-from llmkern.drive import Shapes
+from llmkern.drive import Shapes, fresh
 from llmkern.evaluate import weight_bytes
 from llmkern.hf import find_model_class, read_config
-from llmkern.models import changed_config, find_blocks, skeleton
+from llmkern.models import changed_config, find_blocks
 from llmkern.models.heads import tied_embedding
 from llmkern.models.resize import resize_blocks
 from llmkern.nn import is_packed
@@ -39,10 +39,9 @@ def read_shapes(model: Any, dtype: torch.dtype | None = None) -> Shapes:
                 f"model: got {type(model).__name__}, expected a transformers model: it has no config"
             )
         find_blocks(model)
-        made = skeleton(model, changed_config(model.config, {}))
         packed = any(map(is_packed, model.modules()))
-        made = made.to(next(model.parameters()).dtype)
-        return Shapes(made, stored=weight_bytes(model), packed=packed, name=type(model).__name__)
+        stored, name = weight_bytes(model), type(model).__name__
+        return Shapes(fresh(model), stored=stored, packed=packed, name=name)
     if isinstance(model, PretrainedConfig):
         return Shapes(_built(model, None, dtype), name=type(model).__name__)
     files = read_checkpoint(model)

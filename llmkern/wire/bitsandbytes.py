@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from llmkern._dtypes import dtype_name
 from llmkern.formats.lut4 import BLOCK_SIZES, CODEBOOKS, codebook_name
+from llmkern.models import empty_like
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.linears import is_conv1d
 from llmkern.nn import Lut4Linear, PackedLinear
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
-from llmkern.wire.conversions import empty_model, odd_classes, rebuilt
+from llmkern.wire.conversions import odd_classes, rebuilt
 from llmkern.wire.pending import fill_pending, leave_pending
 from llmkern.wire.replace import like
 
@@ -81,8 +82,8 @@ class Bitsandbytes(Wire):
 
     def unread(self, model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> str | None:
         """transformers packs plain linears and Conv1D only; some blocks are read wrong on a CPU."""
-        skeleton = empty_model(model)
-        kinds = odd_classes(skeleton, layers)
+        built = empty_like(model)
+        kinds = odd_classes(built, layers)
         odd = {name: module for name, module in kinds.items() if not is_conv1d(module)}
         why = [f"{name} is a packed {type(module).__name__}" for name, module in odd.items()][:1]
         experts = rebuilt(model, self.name)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.formats.int4 import QuantFormat, pack_codes
+from llmkern.models import empty_like
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.linears import is_conv1d, shape_of
 from llmkern.nn import IntLinear, PackedLinear, is_packed
 from llmkern.wire._scheme import FORMAT, Scheme, read_scheme, weights_format
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
-from llmkern.wire.conversions import empty_model, initialised, merged, odd_classes, rebuilt
+from llmkern.wire.conversions import initialised, merged, odd_classes, rebuilt
 from llmkern.wire.replace import like
 
 if TYPE_CHECKING:
@@ -57,13 +58,13 @@ class CompressedTensors(Wire):
 
     def unread(self, model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> str | None:
         """transformers packs linears only, and looks for packed experts."""
-        skeleton = empty_model(model)
-        odd = odd_classes(skeleton, layers)
+        built = empty_like(model)
+        odd = odd_classes(built, layers)
         why = [f"{name} is a packed {type(module).__name__}" for name, module in odd.items()][:1]
         experts = [*merged(model, find_expert_matrices(model)), rebuilt(model, self.name)]
         why += [f"{name} holds dense MoE experts" for name in experts[:1] if name is not None]
         if not why:
-            tripped = initialised(skeleton, layers)
+            tripped = initialised(built, layers)
             why = [] if tripped is None else [f"{tripped} is initialised anew by its model"]
         if not why:
             return None

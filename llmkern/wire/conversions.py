@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -62,12 +61,6 @@ def merged(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
         if any(target.search(key) for target in targets for key in own):
             found.append(name)
     return found
-
-
-def empty_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class without data, as transformers builds it before it loads one."""
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
 
 
 def initialised(skeleton: PreTrainedModel, names: Iterable[str]) -> str | None:

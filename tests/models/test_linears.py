@@ -120,6 +120,8 @@ def test_a_packed_conv1d_that_was_written_to_is_saved_as_one(tmp_path):
     layer = model.transformer.h[0].attn.c_proj
     with pytest.warns(UserWarning, match="dense"):
         layer.weight.data += 0.25
-    wanted = model(ids).logits
+    wanted, before = model(ids).logits, dict(model.named_parameters())
     llmkern.save(model, tmp_path / "merged")
+    assert model.transformer.h[0].attn.c_proj is layer
+    assert all(p is before[name] for name, p in model.named_parameters())  # an optimizer has them
     torch.testing.assert_close(llmkern.load(tmp_path / "merged")(ids).logits, wanted)
