@@ -70,16 +70,21 @@ def check_writable(path: Path, argument: str | None = None) -> None:
                 directory.rmdir()
 
 
+def free_space(path: Path) -> tuple[Path, int]:
+    """The directory that is there and in which a path will be made, and the free bytes of its disk."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return place, shutil.disk_usage(place).free
+
+
 def check_space(path: Path, need: int) -> None:
     """Refuse a place on a disk without room for so many bytes.
 
     Raises:
         OSError: there is less.
     """
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    _, free = free_space(path)
     if need > free:
         raise OSError(
             f"{path}: got {free / 2**30:.2f} GiB of free space, expected at least {need / 2**30:.2f} GiB "

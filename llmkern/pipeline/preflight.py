@@ -10,7 +10,6 @@ is odd is a warning, and what stays as it is, a note.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern._files import free_space
 from llmkern.calibrate import check_runs, load_tokens
 from llmkern.calibrate.data import DEFAULT_SEQ_LEN, TOKEN_FILES, Source, is_stream, is_turns
 from llmkern.drive import Findings, Shapes, Tokens
@@ -366,10 +366,7 @@ def _check_disk(result: Preflight, output: str | Path | None) -> None:
         kept += row.weight_bytes
     if output is None:
         return
-    place = Path(output).absolute()
-    while not place.exists():
-        place = place.parent
-    result.disk_free = shutil.disk_usage(place).free
+    place, result.disk_free = free_space(Path(output))
     if result.disk_bytes > result.disk_free:
         need, free = shown(result.disk_bytes), shown(result.disk_free)
         result.errors.append(
