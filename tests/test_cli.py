@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,25 +13,11 @@ from transformers import AutoTokenizer
 
 import llmkern
 from llmkern import assets, ops
-from llmkern.cli import main
 
 MODEL = str(assets.bundled_model_dir())
 CALIBRATION = ["--calibration", str(assets.calibration_text()), "--samples", "4", "--seq-len", "64"]
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `llmkern ARGS...` in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmkern", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ from transformers import AutoTokenizer
 
 import llmkern
 from llmkern import assets
-from llmkern.cli import main
 from llmkern.evaluate.lm_eval import Tasks, figures
 from llmkern.nn import IntLinear
 
@@ -41,16 +41,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `llmkern eval ARGS...` in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str | Path | int) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmkern", "eval", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return call
+def run(run: Run) -> Run:
+    """Run `llmkern eval ARGS...`."""
+    return partial(run, "eval")
 
 
 class TaskManager:

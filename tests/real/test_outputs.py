@@ -17,7 +17,6 @@ from tiny_models import tiny, words
 
 import llmkern
 from llmkern import _files
-from llmkern.cli import main
 from llmkern.hf.save import write_tokenizer
 from llmkern.pipeline import Pipeline, Prune, Quantize
 
@@ -83,19 +82,6 @@ def model(made: Path, tmp_path: Path) -> Path:
 def tokens(tmp_path: Path) -> Path:
     save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
     return tmp_path / "tokens.safetensors"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `llmkern ARGS...` in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmkern", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return call
 
 
 VERBS: dict[str, Callable[[Path, Path], list[Any]]] = {
