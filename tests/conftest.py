@@ -55,6 +55,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return None
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes give no name: gzip writes the time into them, and workers have to collect the same tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_finish() -> None:
     """Modules are here to stay: each gc.collect() of accelerate's would walk them for half a second."""
     if "hypothesis" not in MISSING:
