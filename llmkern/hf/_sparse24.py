@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from llmkern.models.heads import shared_weights
+from llmkern.models.linears import find_linears, uncalled_linears
+from llmkern.models.replace import like
 from llmkern.nn import PACKED, PackedLinear
-from llmkern.wire.replace import like
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,11 @@ def accelerate_sparse(model: nn.Module) -> SparseLayers:
     made: dict[int, PackedLinear | None] = {}
     floats: list[str] = []
     codes: list[str] = []
-    linears = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear)
-    }
+    linears, uncalled = find_linears(model), uncalled_linears(model)
     for name, module in linears.items():
         if id(module) not in made:
-            made[id(module)] = None if _is_shared(module, shared) else _sparse(module)
+            stays = _is_shared(module, shared) or id(module) in uncalled
+            made[id(module)] = None if stays else _sparse(module)
         layer = made[id(module)]
         if layer is not None:
             model.set_submodule(name, layer)

@@ -12,6 +12,7 @@ from llmkern.models.resize import ENTRY, class_with_widths
 from llmkern.nn import prepare
 from llmkern.wire import Reader, reading_wire, record_formats
 from llmkern.wire.checkpoint_files import CheckpointFiles, read_checkpoint
+from llmkern.wire.pending import Pending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,6 +72,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     if reader is not None:
         forget_quantizer(model)
         reader.fill(model)
+        _check_filled(files, model)
         record_formats(model)
     forget_filled(model, "load")
     return prepare(model)  # type: ignore[no-any-return]
@@ -124,3 +126,12 @@ def _check_loading(files: CheckpointFiles, info: dict[str, Any], reader: Reader 
             raise ValueError(f"{files.directory}: tensors {what}: {', '.join(names[:3])}{more}")
     if info.get("error_msgs"):
         raise ValueError(f"{files.directory}: {info['error_msgs'][0]}")
+
+
+def _check_filled(files: CheckpointFiles, model: PreTrainedModel) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, Pending):
+            raise ValueError(
+                f"{files.directory}: {name}: got {type(module).__name__}, expected a packed layer: its "
+                "reader has not filled it"
+            )

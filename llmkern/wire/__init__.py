@@ -1,8 +1,8 @@
 """Checkpoint formats: one file and one entry of `WIRES` each."""
 
+from llmkern.models.replace import like
 from llmkern.wire._wire import Reader, TakenOver, Wire
 from llmkern.wire.pending import fill_pending, leave_pending
-from llmkern.wire.replace import like
 from llmkern.wire.wires import (
     WIRES,
     packed_layers,

@@ -15,12 +15,12 @@ from llmkern.formats.lut4 import BLOCK_SIZES, CODEBOOKS, codebook_name
 from llmkern.models import empty_like
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.linears import is_conv1d
+from llmkern.models.replace import like
 from llmkern.nn import Lut4Linear, PackedLinear
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
 from llmkern.wire.conversions import odd_classes, rebuilt
 from llmkern.wire.pending import fill_pending, leave_pending
-from llmkern.wire.replace import like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from llmkern.formats.int4 import QuantFormat, pack_codes
 from llmkern.models import empty_like
 from llmkern.models.experts import find_expert_matrices
-from llmkern.models.linears import is_conv1d, shape_of
+from llmkern.models.linears import is_conv1d, is_linear, shape_of
+from llmkern.models.replace import like, replace_modules
 from llmkern.nn import IntLinear, PackedLinear, is_packed
 from llmkern.wire._scheme import FORMAT, Scheme, read_scheme, weights_format
 from llmkern.wire._wire import TakenOver, Wire
 from llmkern.wire.checkpoint_files import CheckpointFiles
-from llmkern.wire.conversions import initialised, merged, odd_classes, rebuilt
-from llmkern.wire.replace import like
+from llmkern.wire.conversions import initialised, merged, module_names, odd_classes, rebuilt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,40 +155,41 @@ class _Reader:
         self.files, self.scheme = files, scheme
 
     def prepare(self, model: PreTrainedModel) -> None:
-        dtypes = {
-            name.removesuffix(".weight_scale"): info.torch_dtype
-            for name, info in self.files.tensors.items()
-            if name.endswith(".weight_scale")
+        packed = {
+            name.removesuffix(suffix)
+            for name in self.files.tensors
+            for suffix in (".weight_packed", ".weight_scale")
+            if name.endswith(suffix)
         }
-        # Where transformers renames tensors on the way in, a module's own name is not in the files;
-        # all scales of a file have one dtype in practice.
-        usual = next(iter(dtypes.values()), None)
-        for name, module in list(model.named_modules()):
-            fmt = self._format_of(name, module)
-            if fmt is not None:
-                layer = self._layer(name, module, fmt, dtypes.get(name) or usual)
-                model.set_submodule(name, layer)
-
-    def _format_of(self, name: str, module: nn.Module) -> QuantFormat | None:
-        """Format of a module of the skeleton, or None where it is dense or no linear at all."""
-        if isinstance(module, nn.Linear):
-            return self.scheme.format_of(name, module)
-        if is_conv1d(module) and f"{name}.weight_packed" in self.files.tensors:
+        modules, made = dict(model.named_modules(remove_duplicate=False)), {}
+        for stored, name in module_names(model, sorted(packed)).items():
+            module = modules.get(name)
+            if module is None or not is_linear(module):
+                there = "no module of the model" if module is None else f"a {type(module).__name__}"
+                raise ValueError(
+                    f"{stored}: got a packed weight for {there}, expected a linear layer"
+                )
             # The format knows linears only; a Conv1D is packed as the linear that it computes.
-            return self.scheme.format_of(name, nn.Linear(1, 1, device="meta"))
-        return None
+            kind = nn.Linear(1, 1, device="meta") if is_conv1d(module) else module
+            fmt = self.scheme.format_of(name, kind) or self.scheme.format_of(stored, kind)
+            if fmt is None:
+                raise ValueError(
+                    f"{self.files.directory}: {stored}: got a packed weight, expected a dense one: "
+                    "quantization_config ignores it, or has no group for it"
+                )
+            made[module] = self._layer(stored, module, fmt)
+        replace_modules(model, made)
 
-    def _layer(
-        self, name: str, module: nn.Module, fmt: QuantFormat, scales: torch.dtype | None
-    ) -> IntLinear:
+    def _layer(self, name: str, module: nn.Module, fmt: QuantFormat) -> IntLinear:
         N, K = shape_of(module)
         has_bias, dtype = getattr(module, "bias", None) is not None, module.weight.dtype
         try:
             layer = IntLinear(K, N, has_bias, fmt, device="meta", dtype=dtype)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        if scales is not None:
-            layer.weight_scale = torch.empty_like(layer.weight_scale, dtype=scales)
+        scales = self.files.tensors.get(f"{name}.weight_scale")
+        if scales is not None and scales.torch_dtype is not None:
+            layer.weight_scale = torch.empty_like(layer.weight_scale, dtype=scales.torch_dtype)
         info, words = self.files.tensors.get(f"{name}.weight_packed"), _word_aligned(K, fmt.bits)
         if info is not None and info.shape == (N, words) != tuple(layer.weight_packed.shape):
             layer.weight_packed = layer.weight_packed.new_empty(N, words)
@@ -200,13 +201,7 @@ class _Reader:
         return layer
 
     def explain(self, unexpected: Sequence[str]) -> str | None:
-        packed = sorted(name for name in unexpected if name.endswith(".weight_packed"))
-        if not packed:
-            return None
-        return (
-            f"{packed[0]}: got a packed weight that no linear layer of the model takes ({len(packed)} "
-            "such), expected linear layers only: packed MoE experts are not supported yet"
-        )
+        return None
 
     def fill(self, model: PreTrainedModel) -> None:
         where = self.files.directory

@@ -200,3 +200,35 @@ def test_nothing_pending_is_left(tmp_path: Path) -> None:
         llmkern.save(model, tmp_path / row)
         again = llmkern.load(tmp_path / row)
         assert not [m for m in again.modules() if isinstance(m, Pending)]
+
+
+def test_layers_that_older_names_ignore_stay_dense(tmp_path: Path) -> None:
+    """compressed-tensors of older releases: the config, too, has the names of then."""
+    architecture = ARCHITECTURES["Llava"]
+    model = architecture.model(torch.float32)
+    llmkern.quantize(model, "rtn")
+    llmkern.save(model, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    entry = config["quantization_config"]
+    assert any(name.startswith("model.vision_tower.") for name in entry["ignore"])
+    entry["ignore"] = [name.removeprefix("model.") for name in entry["ignore"]]
+    file.write_text(json.dumps(config))
+    again = llmkern.load(tmp_path / "out")
+    assert names(again) == names(model)
+    assert torch.equal(logits(architecture, again), logits(architecture, model))
+    entry["ignore"].append("re:.*down_proj")
+    file.write_text(json.dumps(config))
+    text = r"down_proj: got a packed weight, expected a dense one: quantization_config ignores it"
+    with pytest.raises(ValueError, match=text):
+        llmkern.load(tmp_path / "out")
+
+
+def test_a_placeholder_that_stays_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = patched("Llama", LutFormat("nf4", 64))
+    llmkern.save(model, tmp_path / "out")
+    monkeypatch.setattr("llmkern.wire.bitsandbytes.fill_pending", lambda *_: None)
+    with pytest.raises(ValueError, match=r"q_proj: got Pending, expected a packed layer"):
+        llmkern.load(tmp_path / "out")
