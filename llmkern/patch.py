@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Generic, TypeVar
@@ -13,15 +13,11 @@ from torch import nn
 from llmkern.formats import FORMATS, WeightFormat
 from llmkern.formats.int4 import QuantFormat
 from llmkern.models import left_share
-from llmkern.models.conv1d import restore_conv1d
+from llmkern.models.conv1d import as_conv1d, conv1d_places
 from llmkern.models.experts import find_expert_matrices
 from llmkern.models.heads import find_routers, is_head, shared_weights
-from llmkern.models.linears import (
-    find_linears,
-    other_function,
-    shape_of,
-    uncalled_linears,
-)
+from llmkern.models.linears import find_linears, other_function, shape_of, uncalled_linears
+from llmkern.models.replace import like, replace_modules
 from llmkern.nn import is_packed, packed_class
 from llmkern.wire import record_formats
 
@@ -101,7 +97,7 @@ def patch(
     for name, fmt in report.replaced.items():
         linear = model.get_submodule(name)
         if id(linear) not in made:
-            made[id(linear)] = _make(name, linear, fmt, factory)
+            made[id(linear)] = like(linear, _make(name, linear, fmt, factory))
         model.set_submodule(name, made[id(linear)])
     if report.replaced:
         record_formats(model)
@@ -184,9 +180,12 @@ def expand_packed(model: nn.Module) -> list[str]:
         The full names of the layers that were packed.
     """
     packed = {n: m for n, m in model.named_modules() if is_packed(m)}
+    places = conv1d_places(model) if packed else {}
+    made: dict[nn.Module, nn.Module] = {}
     for name, module in packed.items():
-        model.set_submodule(name, module.to_linear())
-    restore_conv1d(model)
+        dense: nn.Module = module.to_linear()
+        made[module] = like(module, as_conv1d(dense, places[name]) if name in places else dense)
+    replace_modules(model, made)
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del model.config.quantization_config  # type: ignore[union-attr]
     return list(packed)
@@ -208,24 +207,17 @@ def refuse_nothing(
     """
     if plan:
         return
-    kinds = [f"{some(names)}: {reason}" for reason, names in by_reason(left).items()]
-    seen = "; ".join(kinds[:_KINDS]) or "no linear layer"
-    if len(kinds) > _KINDS:
-        seen += f" and {len(kinds) - _KINDS} other reasons"
-    raise ValueError(f"{argument}: got no layer to {what}, expected some: {seen}")
-
-
-def by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
-    """The names of modules that are left by the reason why."""
-    found: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for name, reason in left.items():
-        found.setdefault(reason, []).append(name)
-    return found
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+        by_reason.setdefault(reason, []).append(name)
+    kinds = [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in list(by_reason.items())[:_KINDS]
+    ]
+    seen = "; ".join(kinds) or "no linear layer"
+    if len(by_reason) > _KINDS:
+        seen += f" and {len(by_reason) - _KINDS} other reasons"
+    raise ValueError(f"{argument}: got no layer to {what}, expected some: {seen}")
 
 
 def warn_dense(what: str, left: Mapping[str, str], share: str = "") -> None:

@@ -163,8 +163,8 @@ class Stepwise:
             if index >= self._done:
                 x = args[0] if args else next(iter(kwargs.values()))
                 self._controller.switch((index, x))
-            # It may have been replaced while it waited.
+            # It may have been replaced while it waited, inside its own hooks.
             now = self._block.module.get_submodule(name)
-            return forward(*args, **kwargs) if now is linear else now(*args, **kwargs)
+            return forward(*args, **kwargs) if now is linear else now.forward(*args, **kwargs)
 
         return held

@@ -33,6 +33,7 @@ from llmkern._files import check_writable, sync_entry, sync_tree, write_whole
 from llmkern._json import numbers, to_json
 from llmkern._version import __version__
 from llmkern.models.linears import is_conv1d, is_linear, set_weight
+from llmkern.models.replace import like
 from llmkern.nn import is_packed
 from llmkern.nn._stored import describe_packed, rebuild_packed
 
@@ -333,7 +334,7 @@ def _put_back(
             k.removeprefix(prefix): t.to(device) for k, t in tensors.items() if k.startswith(prefix)
         }
         layer = rebuild_packed(entry, held, linear._parameters.get("bias"))
-        block.set_submodule(name, layer.train(linear.training))
+        block.set_submodule(name, like(linear, layer))
 
 
 def _set_parameter(module: nn.Module, key: str, value: Tensor) -> None:

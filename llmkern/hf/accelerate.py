@@ -58,7 +58,6 @@ def accelerate(model: Model) -> Model:
     if not accelerate_sparse(model) and taken is None and not ours:
         kinds = ", ".join(wire.takes for wire in WIRES if wire.takes is not None)
         raise ValueError(
-            f"model: got no packed layer in it, expected {kinds}, or nn.Linear layers "
-            "(no Conv1D) with 2:4 sparse weights"
+            f"model: got no packed layer in it, expected {kinds}, or 2:4 sparse weights"
         )
     return prepare(model)

@@ -18,7 +18,7 @@ from llmkern._files import check_space, check_writable, sync_entry, sync_tree
 from llmkern.hf._beside import carry_over
 from llmkern.hf._foreign import release_dense
 from llmkern.masks import forget_filled
-from llmkern.models.conv1d import as_built
+from llmkern.models.conv1d import as_conv1d, conv1d_places
 from llmkern.nn import PackedLinear, is_packed
 from llmkern.wire import WIRES, packed_layers, use_wire, writing_wire
 from llmkern.wire.checkpoint_files import CONFIG
@@ -93,7 +93,8 @@ def save(
         _choose_form(model, layers, format)
     elif getattr(model, "hf_quantizer", None) is None:
         use_wire(model, None)  # no layer is packed any more
-    with ExitStack() as stack, replacing(target) as partial, as_built(model):
+    with ExitStack() as stack, replacing(target) as partial:
+        stack.enter_context(_as_built(model))
         for layer in layers.values():
             # The tensors to be written take the kernel layout's place instead of lying beside it.
             stack.enter_context(layer.canonical())
@@ -220,6 +221,23 @@ def write_tokenizer(tokenizer: Any, directory: Path) -> None:
     except Exception as error:  # whatever the code of a tokenizer raises
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"tokenizer: got one that cannot be saved: {text}") from error
+
+
+@contextmanager
+def _as_built(model: PreTrainedModel) -> Iterator[None]:
+    """Dense linears in the place of a Conv1D, whose weights files hold transposed, as one meanwhile."""
+    held = {}
+    for name, kind in conv1d_places(model).items():
+        layer = model.get_submodule(name)
+        if is_packed(layer) and not layer.WRITTEN_DENSE:
+            continue
+        held[name] = layer
+        model.set_submodule(name, as_conv1d(layer.to_linear() if is_packed(layer) else layer, kind))
+    try:
+        yield
+    finally:
+        for name, layer in held.items():
+            model.set_submodule(name, layer)
 
 
 def _written_bytes(model: nn.Module) -> int:

@@ -100,14 +100,11 @@ class Sparse24Linear(PackedLinear):
 
     @classmethod
     def from_pattern(cls, linear: nn.Module) -> Sparse24Linear | None:
-        """The sparse layer of a plain linear that has been pruned to 2:4, or None."""
+        """The sparse layer of a dense linear that has been pruned to 2:4, or None."""
         weight = linear._parameters.get("weight")
-        # A Conv1D's file holds its weight the other way round, and this one is written as a dense weight.
-        if type(weight) is not nn.Parameter or not isinstance(linear, nn.Linear):
+        if type(weight) is not nn.Parameter or other_function(linear) is not None:
             return None
-        if other_function(linear) is not None or not is_pruned24(weight.detach()):
-            return None
-        return cls.from_linear(linear)
+        return cls.from_linear(linear) if is_pruned24(dense_weight(linear)) else None
 
     @classmethod
     def from_parts(cls, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Sparse24Linear:
