@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Generic, TypeVar
@@ -207,17 +207,24 @@ def refuse_nothing(
     """
     if plan:
         return
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        by_reason.setdefault(reason, []).append(name)
-    kinds = [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
-        for reason, names in list(by_reason.items())[:_KINDS]
-    ]
-    seen = "; ".join(kinds) or "no linear layer"
-    if len(by_reason) > _KINDS:
-        seen += f" and {len(by_reason) - _KINDS} other reasons"
+    kinds = [f"{some(names)}: {reason}" for reason, names in by_reason(left).items()]
+    seen = "; ".join(kinds[:_KINDS]) or "no linear layer"
+    if len(kinds) > _KINDS:
+        seen += f" and {len(kinds) - _KINDS} other reasons"
     raise ValueError(f"{argument}: got no layer to {what}, expected some: {seen}")
+
+
+def by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names of modules that are left by the reason why."""
+    found: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def warn_dense(what: str, left: Mapping[str, str], share: str = "") -> None:

@@ -27,13 +27,13 @@ from llmkern.calibrate.gradients import loss_gradients
 from llmkern.calibrate.stepwise import in_turn
 from llmkern.drive.journal import Journal
 from llmkern.drive.method import MethodWork, Needs
-from llmkern.drive.plan import plan_layers
+from llmkern.drive.plan import plan_layers, plan_modules
 from llmkern.drive.progress import Progress
 from llmkern.drive.shapes import F32, Shapes, Tokens
 from llmkern.masks import kept_mask, recorded_layers
 from llmkern.models import Source, block_linears, find_blocks, find_sources
 from llmkern.models.linears import dense_weight, is_conv1d, weight_rows
-from llmkern.patch import unmatched, winning_pattern
+from llmkern.models.replace import like
 
 # Copies of a weight [N, K] in float32 that a column loop works on.
 _WEIGHTS = 4
@@ -78,8 +78,8 @@ class Layer:
         return kept_mask(self.weight, recorded=recorded, keep_zeros=keep_zeros)
 
     def replace(self, module: nn.Module) -> None:
-        """Put another module in its place."""
-        self.model.set_submodule(self.name, module)
+        """Put another module in its place, with its hooks."""
+        self.model.set_submodule(self.name, like(self.module, module))
 
 
 @dataclass
@@ -479,22 +479,3 @@ class Elsewhere(LayerWork):
         with torch.no_grad():
             for name in run.plan:
                 run.change(run.layer(name), self.function)
-
-
-def plan_modules(
-    names: list[str], rules: Mapping[str, Any], what: str
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """`plan_layers` for a list of module names."""
-    if not names:
-        raise ValueError(f"model: got no {what} in it, expected some")
-    for pattern in unmatched([p for p in rules if p != "*"], names):
-        raise ValueError(f"rules: got {pattern!r}, which matches no {what}")
-    plan, left = {}, {}
-    for name in names:
-        winner = winning_pattern(rules, name)
-        wanted = None if winner is None else rules[winner]
-        if wanted is None:
-            left[name] = "left as it is by the rules"
-        else:
-            plan[name] = wanted
-    return plan, left

@@ -22,7 +22,7 @@ def plan_layers(
     *,
     what: str,
     check: Callable[[Mapping[str, tuple[tuple[int, int], Any]]], None],
-    fitted: Callable[[_T, int, int], _T] | None = None,
+    fitted: Callable[[_T, int, int], _T | str] | None = None,
     values: bool = True,
 ) -> tuple[dict[str, _T], dict[str, str]]:
     """What each linear inside the decoder blocks gets, and why each other linear gets nothing.
@@ -34,7 +34,8 @@ def plan_layers(
         what: the driver's name, for messages: "quantize".
         check: called with the (N, K) of each layer and what it is to get, by name; raises ValueError
             where that does not fit.
-        fitted: what a layer that "*" decides about gets, from what "*" says and its N and K; None: that.
+        fitted: what a layer that "*" decides about gets, from what "*" says and its N and K, or why it
+            gets nothing; None: what "*" says.
         values: look at the weights' values; False for a model without data, of which only the shapes
             count.
 
@@ -61,21 +62,63 @@ def plan_layers(
             f"{next(iter(inside))!r}"
         )
     choice = choose_linears(model, rules, lambda wanted, shape: None)
-    asked, left = {}, dict(choice.left)
+    left, unexpected = dict(choice.left), [*choice.unexpected]
+    twice = _used_twice(inside)
+    asked: dict[str, tuple[tuple[int, int], _T]] = {}
     for name, wanted in choice.replaced.items():
+        got: _T | str = wanted
         if name not in inside:
             left[name] = f"outside the decoder blocks ({blocks.name})"
             continue
         shape = shape_of(inside[name])
-        if fitted is not None and winning_pattern(rules, name) == "*":
-            wanted = fitted(wanted, *shape)
-        asked[name] = (shape, wanted)
+        if name in twice:
+            got = f"the same module as {twice[name]}"
+        elif fitted is not None and winning_pattern(rules, name) == "*":
+            got = fitted(wanted, *shape)
+        if isinstance(got, str):
+            left[name] = got
+            unexpected.append(name)
+        else:
+            asked[name] = (shape, got)
+    refuse_nothing("model", asked, left, what)
     check(asked)
-    for name in asked if values else ():
-        check_values(name, inside[name])
-    plan = {name: wanted for name, (_, wanted) in asked.items()}
-    refuse_nothing("model", plan, left, what)
-    warn_dense(what, {name: left[name] for name in choice.unexpected})
+    if values:
+        for name in asked:
+            check_values(name, inside[name])
+    warn_dense(what, {name: left[name] for name in unexpected})
+    return {name: wanted for name, (_, wanted) in asked.items()}, left
+
+
+def _used_twice(linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Another name of each linear that has several: what one of its uses tells is wrong for the other."""
+    names: dict[int, list[str]] = {}
+    for name, linear in linears.items():
+        names.setdefault(id(linear), []).append(name)
+    return {
+        name: found[1] if name == found[0] else found[0]
+        for found in names.values()
+        if len(found) > 1
+        for name in found
+    }
+
+
+def plan_modules(
+    names: list[str], rules: Mapping[str, Any], what: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`plan_layers` for a list of module names."""
+    if not names:
+        raise ValueError(f"model: got no {what} in it, expected some")
+    for pattern in unmatched([p for p in rules if p != "*"], names):
+        raise ValueError(f"rules: got {pattern!r}, which matches no {what}")
+    plan, left = {}, {}
+    for name in names:
+        winner = winning_pattern(rules, name)
+        wanted = None if winner is None else rules[winner]
+        if wanted is None:
+            left[name] = "left as it is by the rules"
+        else:
+            plan[name] = wanted
+    refuse_nothing("rules", plan, left, "change")
     return plan, left
 
 

@@ -36,9 +36,13 @@ class Formats:
         """
         raise NotImplementedError
 
-    def fitted(self, fmt: Any, N: int, K: int) -> WeightFormat:
-        """What a weight [N, K] gets where the group size was left to us: `fmt`, or the next that fits."""
-        return fmt  # type: ignore[no-any-return]
+    def fitted(self, fmt: Any, N: int, K: int) -> WeightFormat | str:
+        """What a weight [N, K] gets where the group size was left to us: `fmt`, or the next that fits.
+
+        Where none does, it is the reason.
+        """
+        odd = fmt.misfit(N, K)
+        return fmt if odd is None else f"{odd.option} {odd.got} {odd.why}"
 
     def parse(self, text: str, common: Mapping[str, Any]) -> WeightFormat | None:
         """The format of a rule on the command line; None where it is written in another way.
@@ -81,7 +85,7 @@ class IntFormats(Formats):
         check_held(fmt, "bits")
         return fmt
 
-    def fitted(self, fmt: QuantFormat, N: int, K: int) -> QuantFormat:
+    def fitted(self, fmt: QuantFormat, N: int, K: int) -> QuantFormat | str:
         """See `Formats`: groups of 64 or 32 in place of 128, else one scale per row."""
         if fmt.misfit(N, K) is None:
             return fmt
