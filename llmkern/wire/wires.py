@@ -130,7 +130,13 @@ def quantization_config(model: nn.Module, wire: Wire) -> dict[str, object]:
     """What config.json says of the model as it is now, written in the format of `wire`."""
     layers = packed_layers(model)
     dense = [name for name in find_linears(model) if name not in layers]
-    return wire.describe(layers, dense, list(find_expert_matrices(model)))
+    # A module that holds a stack beside packed linears (Zamba's mamba) is no stack as a whole.
+    stacks = [
+        name
+        for name in find_expert_matrices(model)
+        if name and not any(layer.startswith(f"{name}.") for layer in layers)
+    ]
+    return wire.describe(layers, dense, stacks)
 
 
 def use_wire(model: nn.Module, wire: Wire | None) -> None:

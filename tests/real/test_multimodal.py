@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, TOKENS, Architecture
+from architectures import ARCHITECTURES, LLAMA, TOKENS, Architecture
+from architectures import row as architecture_of
 from safetensors.torch import load_file, save_file
 
 import llmkern
@@ -232,3 +233,19 @@ def test_a_placeholder_that_stays_is_refused(
     monkeypatch.setattr("llmkern.wire.bitsandbytes.fill_pending", lambda *_: None)
     with pytest.raises(ValueError, match=r"q_proj: got Pending, expected a packed layer"):
         llmkern.load(tmp_path / "out")
+
+
+def test_linears_beside_a_stack_in_one_module(tmp_path: Path) -> None:
+    zamba = architecture_of(
+        "zamba", "ZambaForCausalLM", LLAMA, num_hidden_layers=8, mamba_d_state=8, mamba_dt_rank=16,
+        n_mamba_heads=2, attn_layer_period=2, attn_layer_offset=1)  # fmt: skip
+    model = zamba.model(torch.float32)
+    with pytest.warns(UserWarning, match=r"layers.0.mamba: its matrices are held in 3-D"):
+        report = llmkern.quantize(model, "rtn")
+    assert "model.layers.0.mamba.in_proj" in {line.name for line in report.layers}
+    shared = "model.layers.2.shared_transf.self_attn.q_proj"
+    assert "shares its weight with" in report.dense[shared]
+    llmkern.save(model, tmp_path / "out")
+    again = llmkern.load(tmp_path / "out")
+    assert names(again) == names(model)
+    assert torch.equal(logits(zamba, again), logits(zamba, model))
