@@ -1,4 +1,4 @@
-"""What a stage bought: size, quality, speed and continuations of a model; and which block cost what."""
+"""What a stage bought: size, quality, speed and continuations of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkern._progress import Bar
-from llmkern.evaluate import evaluate, next_token_logits, score_logits
-from llmkern.models import computing_in, evaluation_mode, find_blocks, text_config, whole_dtypes
+from llmkern.evaluate import evaluate
+from llmkern.models import evaluation_mode
 from llmkern.nn import is_packed
 from llmkern.wire.checkpoint_files import weight_files
 
@@ -103,54 +103,3 @@ def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_
         )
     added = output[0, inputs.input_ids.shape[1] :]
     return str(tokenizer.decode(added, skip_special_tokens=True))
-
-
-def sensitivity(
-    before: nn.Module,
-    after: nn.Module,
-    windows: Tensor,
-    *,
-    batch_size: int = 4,
-    progress: bool = False,
-) -> dict[str, float]:
-    """What each decoder block's change costs alone.
-
-    Args:
-        before: the model before a stage; its blocks are swapped one at a time, and put back.
-        after: what the stage made of it; read only. Its blocks may be narrower inside, or packed.
-        windows: int64 [n, seq_len], tokens to measure on.
-        batch_size: windows per forward.
-        progress: say on standard error how far it is.
-
-    Returns:
-        Full name of each block -> mean KL(before || before with that block of `after`), in nats per
-        token; empty where blocks do not correspond: another number of them or another hidden size.
-    """
-    blocks, changed = find_blocks(before), find_blocks(after)
-    sizes = [getattr(text_config(model), "hidden_size", None) for model in (before, after)]
-    if len(blocks) != len(changed) or sizes[0] != sizes[1]:
-        return {}
-    costs = dict.fromkeys((name for name, _ in blocks.items()), 0.0)
-    predicted = len(windows) * (windows.shape[1] - 1)
-    own = list(blocks.modules)
-    dtypes = whole_dtypes([before, after])
-    batches = torch.split(windows, batch_size)
-    with (
-        torch.no_grad(),
-        evaluation_mode(before),
-        evaluation_mode(after),
-        computing_in(before, dtypes[0]),
-        computing_in(after, dtypes[1]),
-        Bar("cost of each block", len(batches) * len(blocks), "block", shown=progress) as bar,
-    ):
-        for batch in batches:
-            want = next_token_logits(before, batch)
-            for index, name in enumerate(costs):
-                blocks.modules[index] = changed.modules[index]
-                try:
-                    got = next_token_logits(before, batch)
-                finally:
-                    blocks.modules[index] = own[index]
-                costs[name] += float(score_logits(got, batch, want)[1]) / predicted
-                bar.update()
-    return costs

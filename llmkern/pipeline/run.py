@@ -34,10 +34,11 @@ from llmkern.pipeline._order import order_warnings
 from llmkern.pipeline._origin import Origin
 from llmkern.pipeline._peak import PeakMemory
 from llmkern.pipeline._shapes import read_shapes
-from llmkern.pipeline.measure import beginnings, file_bytes, measure, sensitivity
+from llmkern.pipeline.measure import beginnings, file_bytes, measure
 from llmkern.pipeline.preflight import Preflight, check
 from llmkern.pipeline.recipe import dump_recipe
 from llmkern.pipeline.run_options import RunOptions
+from llmkern.pipeline.sensitivity import sensitivity
 from llmkern.pipeline.stages import Context, Stage, fit_to_later, source_of
 from llmkern.report import PipelineReport, StageRecord, write_report
 
